@@ -1,0 +1,64 @@
+"""Fine-tuning methods as drop-in pieces for transformers, PEFT, TRL and Accelerate.
+
+Importing this package registers every adapter type with PEFT, so that `peft.PeftModel.from_pretrained` and
+`get_peft_model` know them. If PEFT has not been imported yet, registration waits until it is: importing the
+package alone loads neither torch nor PEFT nor TRL.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+__version__ = "0.1.0"
+
+_SUBPACKAGES = ("adapters", "callbacks", "core", "data", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBPACKAGES])
+
+
+class _AfterPeft(importlib.abc.MetaPathFinder):
+    """Runs the registration when PEFT's own import has ended, then is gone."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("peft")
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def then_register(module: ModuleType) -> None:
+            execute(module)
+            importlib.import_module(f"{__name__}.adapters")
+
+        spec.loader.exec_module = then_register
+        return spec
+
+
+def _register_with_peft() -> None:
+    peft: Any = sys.modules.get("peft")
+    if peft is not None and not getattr(peft.__spec__, "_initializing", False):
+        importlib.import_module(f"{__name__}.adapters")
+    else:
+        sys.meta_path.insert(0, _AfterPeft())
+
+
+_register_with_peft()

@@ -1,0 +1,1 @@
+"""The only importers of private upstream names; each file says which library, each use which versions."""

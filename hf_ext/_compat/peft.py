@@ -1,0 +1,119 @@
+"""Names of PEFT without a stability promise, checked on 0.21."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from peft import PeftConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    register_peft_method,
+    resolve_quantization_backend,
+)
+from peft.utils.integrations import gather_params_ctx
+from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import PeftType
+from torch import nn
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "BufferDict",
+    "ModuleSnapshot",
+    "PeftConfig",
+    "PeftType",
+    "add_peft_type",
+    "check_adapters_to_merge",
+    "extend_enum",
+    "gather_params_ctx",
+    "get_pattern_key",
+    "get_quantization_kwargs",
+    "in_out_features",
+    "resolve_quantization_backend",
+]
+
+in_out_features = _get_in_out_features
+
+
+def extend_enum(enum: type[Enum], name: str, value: str) -> Enum:
+    """Add a member to a closed `str` enum, or return the member that already has the value.
+
+    Upstream validates against these enums and offers no way to extend them; afterwards the new member looks up,
+    iterates, copies and pickles as a native one does (Python 3.10 to 3.13).
+    """
+    members: dict[Any, Any] = enum._value2member_map_
+    if value in members:
+        return members[value]
+    member = str.__new__(enum, value)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    member._name_, member._value_ = name, value  # pyright: ignore[reportAttributeAccessIssue]
+    member.__objclass__, member._sort_order_ = enum, len(enum._member_names_)  # pyright: ignore
+    type.__setattr__(enum, name, member)  # EnumType.__setattr__ would refuse
+    enum._member_names_.append(name)
+    enum._member_map_[name] = member  # pyright: ignore[reportArgumentType]
+    members[value] = member
+    return member  # pyright: ignore[reportReturnType]
+
+
+def add_peft_type(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> bool:
+    """Register a tuner with PEFT as type NAME.
+
+    Returns:
+        False where PEFT already ships a type of that name: upstream's class stays in place.
+    """
+    peft_type = extend_enum(PeftType, name.upper(), name.upper())
+    if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return False
+    register_peft_method(name=name, config_cls=config, model_cls=model)
+    return True
+
+
+@dataclass
+class ModuleSnapshot:
+    """A quantized base layer as it was before a merge, so that unmerging is exact instead of a second rounding."""
+
+    module: nn.Module
+    parameters: dict[str, Any]
+    parameter_state: dict[str, dict[str, Any]]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def take(cls, module: nn.Module) -> ModuleSnapshot:
+        """Remember a layer's parameter objects, their attributes and the layer's quantization state."""
+        parameters = dict(module._parameters)
+        # bitsandbytes writes into the old parameter's __dict__ when it makes the new one.
+        state = {name: dict(p.__dict__) for name, p in parameters.items() if p is not None}
+        held = {name: copy.copy(module.__dict__[name]) for name in ("state",) if name in module.__dict__}
+        return cls(module, parameters, state, held)
+
+    def restore(self, layer: BaseTunerLayer) -> None:
+        """Put everything back; the HQQ backend has replaced the whole module, the others its weight."""
+        owner: Any = layer
+        while isinstance(owner.base_layer, BaseTunerLayer):
+            owner = owner.base_layer
+        owner.base_layer = self.module
+        for name, parameter in self.parameters.items():
+            self.module.__dict__.pop(name, None)
+            self.module._parameters[name] = parameter
+            if parameter is not None:
+                parameter.__dict__.update(self.parameter_state[name])
+        self.module.__dict__.update(self.attributes)

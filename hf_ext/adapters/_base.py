@@ -1,0 +1,629 @@
+"""Everything of an adapter that is not the method's own maths: settings, injection, forward, merging, loading.
+
+A method supplies a config (its fields and `validate`), a layer with `shapes`, `initial_values`, `forward_delta`
+and, where the update has low rank, `factors`; `register_adapter` makes the PEFT tuner and registers both.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .._compat.peft import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    BaseTuner,
+    BaseTunerLayer,
+    BufferDict,
+    ModuleSnapshot,
+    PeftConfig,
+    PeftType,
+    add_peft_type,
+    check_adapters_to_merge,
+    gather_params_ctx,
+    get_pattern_key,
+    get_quantization_kwargs,
+    in_out_features,
+    resolve_quantization_backend,
+)
+from ..core import dist
+from ..core.checks import check, check_fields
+from ..core.files import tensor_header
+from ..core.lowrank import seeded
+from ..core.registry import MethodInfo, register
+
+T = TypeVar("T")
+LayerT = TypeVar("LayerT", bound="type[AdapterLinear]")
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Settings that every adapter has; the names and meanings of PEFT's own types.
+
+    Args:
+        r: Rank of the update, at least 1 and at most the smaller side of every target layer.
+        dropout: Probability with which entries of the layer's input are dropped on the adapter's path, in [0, 1).
+        target_modules: Names (or name endings) of the layers to adapt, a regular expression, or "all-linear"; None
+            for PEFT's choice for the architecture.
+        exclude_modules: Names (or name endings), or a regular expression, of layers to leave alone.
+        modules_to_save: Further modules to train in full and save with the adapter.
+        layers_to_transform: Indices of the blocks to adapt; needs target_modules to be a list.
+        layers_pattern: Name of the block list, where it is not a common one such as "layers" or "h".
+        rank_pattern: Rank by module name or regular expression, where it differs from r.
+        init_weights: True for the method's start; False for a random one that changes the output from the first
+            step, for debugging.
+        seed: Seed of everything random at the start; global seeds have no effect on it.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is outside its range.
+    """
+
+    r: int = 8
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool = True
+    seed: int = 0
+
+    method: ClassVar[str] = ""  # set by register_adapter
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method:  # the JSON hands a plain string, PEFT looks up by member
+            self.peft_type = PeftType[self.method.upper()]
+        inherited = {f.name for f in fields(PeftConfig)}
+        own = [f.name for f in fields(self) if f.name not in inherited]
+        hints = {name: hint for name, hint in get_type_hints(type(self)).items() if name in own}
+        check_fields({name: getattr(self, name) for name in own}, hints, where=type(self).__name__)
+        for name in ("target_modules", "exclude_modules"):  # PEFT's own configs hold sets
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        check(self.r >= 1, "r", self.r, "at least 1")
+        check(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "at least 0 and below 1")
+        for pattern, rank in self.rank_pattern.items():
+            check(rank >= 1, f"rank_pattern[{pattern!r}]", rank, "at least 1")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                value = getattr(self, name)
+                check(value is None, name, value, "None when target_modules is a regular expression or a shorthand")
+        self.validate()
+
+    def validate(self) -> None:
+        """Check the method's own fields; called at construction, before any model is touched."""
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank for one module path."""
+        return self.value_for(module, self.rank_pattern, self.r)
+
+    @staticmethod
+    def value_for(module: str, pattern: Mapping[str, T], default: T) -> T:
+        """Return the value of the pattern that a module path matches, as PEFT matches them, or the default."""
+        return pattern.get(get_pattern_key(pattern.keys(), module), default)
+
+    def scale_of(self, module: str) -> float:
+        """Return the factor of the update for one module path; a method with an alpha overrides this."""
+        return 1.0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Read the settings; a local folder's weight file is first checked to be whole.
+
+        PEFT reads the config before anything else of a checkpoint, so a truncated file is refused here, by name,
+        before a model is touched.
+        """
+        weights = Path(pretrained_model_name_or_path, subfolder or "", _WEIGHTS)
+        if weights.is_file():
+            tensor_header(weights)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+class AdapterLinear(nn.Module, BaseTunerLayer):
+    """A linear layer (nn.Linear, Conv1D or a quantized one) with named adapters beside it.
+
+    All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s
+    (`adapter_layer_names`, trained) and `BufferDict`s (`adapter_buffer_names`, frozen and saved) keyed by adapter
+    name. Weights are in (out_features, in_features) layout throughout; Conv1D is transposed at the border.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    adapter_buffer_names: tuple[str, ...] = ()
+    needs_base_at_init: ClassVar[bool] = False
+
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        core = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(core, **quantization)
+        self.is_conv1d = isinstance(core, Conv1D)
+        if not (isinstance(core, nn.Linear | Conv1D) or self._is_quantized_linear()):
+            raise TypeError(
+                f"{module_name}: layers of type {type(core).__name__} cannot be adapted; "
+                "supported are nn.Linear, Conv1D and quantized linear layers"
+            )
+        _refuse_tensor_parallel(core, module_name)
+        features = in_out_features(core)
+        self.in_features, self.out_features = cast(tuple[int, int], features)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        for name in self.adapter_buffer_names:
+            setattr(self, name, BufferDict(persistent=True))
+        self.configs: dict[str, AdapterConfig] = {}
+        self.scale: dict[str, float] = {}
+        self.adapter_dropout = nn.ModuleDict()
+        # PEFT deletes an adapter from every container named here.
+        self.other_param_names = ("configs", "scale", "adapter_dropout", *self.adapter_buffer_names)
+        # The class defaults of PEFT are shared between layers.
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._before_merge: ModuleSnapshot | Tensor | None = None
+        self.cast_input_dtype_enabled = True
+
+    def _is_quantized_linear(self) -> bool:
+        return self.quantization_backend is not None and self.quantization_backend.layer_type == "linear"
+
+    # What a method supplies -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def shapes(self, r: int, config: Any) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each adapter tensor, for every name in the two name tuples."""
+
+    @abstractmethod
+    def initial_values(self, r: int, config: Any, weight: Tensor | None) -> dict[str, Tensor]:
+        """Return the starting value of each tensor.
+
+        Args:
+            r: The layer's rank.
+            config: The adapter's settings.
+            weight: fp32 base weight (out_features, in_features), or None unless `needs_base_at_init`.
+        """
+
+    def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
+        """Return a start that changes the output (`init_weights=False`): normal, 1 / sqrt(size of the last axis)."""
+        generator = seeded(config.seed, self.module_name)
+        return {
+            name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+            for name, shape in self.shapes(r, config).items()
+        }
+
+    @classmethod
+    def factors(cls, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor] | None:
+        """Return B (out_features, k) and A (k, in_features) with the weight update B @ A, exactly; None if it has no low rank.
+
+        Args:
+            tensors: One adapter's tensors of one layer, by attribute name, fp32.
+            scale: The layer's factor.
+        """
+        return None
+
+    @abstractmethod
+    def forward_delta(self, x: Tensor, name: str) -> Tensor:
+        """Return what one adapter adds to the stored base layer's output; x has the adapter's dtype."""
+
+    def delta_weight(self, name: str) -> Tensor:
+        """Return the update of the original base weight, fp32, (out_features, in_features)."""
+        pair = self.factors(self.adapter_tensors(name), self.scale[name])
+        assert pair is not None, "a method without low-rank factors defines delta_weight itself"
+        b, a = pair
+        return b @ a
+
+    def stored_delta(self, names: Sequence[str]) -> Tensor:
+        """Return what turns the stored base weight into the merged one, fp32."""
+        return torch.stack([self.delta_weight(name) for name in names]).sum(0)
+
+    def add_inactive(self, out: Tensor, x: Tensor, active: Sequence[str]) -> Tensor:
+        """Return the output with what adapters that are not active have taken out of the base put back."""
+        return out
+
+    def after_change(self) -> None:
+        """Bring what is derived from adapter tensors up to date after they were set or loaded."""
+
+    # Life of an adapter ------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: AdapterConfig) -> None:
+        """Create one adapter's tensors, with their starting values unless they are on the meta device.
+
+        Raises:
+            ValueError: The settings do not fit this layer; nothing has been changed then.
+        """
+        r = config.rank_of(self.module_name)
+        limit = min(self.in_features, self.out_features)
+        check(r <= limit, "r", r, f"at most {limit}, the layer's smaller side", where=self.module_name)
+        shapes = self.shapes(r, config)
+        values = self._values(r, config)
+        device = self._base_device()
+        # The config is shared by the layers of one injection: identity tells which belong together.
+        self.configs[name] = config
+        self.scale[name] = config.scale_of(self.module_name)
+        self.adapter_dropout[name] = nn.Dropout(config.dropout) if config.dropout > 0.0 else nn.Identity()
+        for attribute in self.adapter_layer_names:
+            value = torch.zeros(shapes[attribute]) if values is None else values[attribute]
+            getattr(self, attribute)[name] = nn.Parameter(value.to(device))
+        for attribute in self.adapter_buffer_names:  # never on meta: PEFT moves buffers right after injection
+            value = torch.zeros(shapes[attribute]) if values is None else values[attribute]
+            getattr(self, attribute)[name] = value.to(device)
+        if values is not None:
+            self.after_change()
+
+    def awaits_values(self, name: str) -> bool:
+        """Return whether one adapter's trained tensors are on the meta device, to be loaded."""
+        return any(getattr(self, attribute)[name].is_meta for attribute in self.adapter_layer_names)
+
+    def _values(self, r: int, config: AdapterConfig) -> dict[str, Tensor] | None:
+        core = self.get_base_layer()
+        stored = next((p for p in (*core.parameters(recurse=False), *core.buffers(recurse=False))), None)
+        if nn.Parameter(torch.empty(0)).is_meta or _creates_meta() or (stored is not None and stored.is_meta):
+            return None
+        if dist.awaits_broadcast():
+            return None
+        if not config.init_weights:
+            return self.random_values(r, config)
+        return self.initial_values(r, config, self.base_weight() if self.needs_base_at_init else None)
+
+    def _base_device(self) -> torch.device:
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None:
+            parameter = next(self.get_base_layer().parameters(), None)
+            device = parameter.device if parameter is not None else torch.device("cpu")
+        return device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Upstream also casts to the base's dtype. A start computed in fp32 would be rounded to bf16 by that, tensor
+        # by tensor, and no longer cancel.
+        target = device if device is not None else self._base_device()
+        for attribute in (*self.adapter_layer_names, *self.adapter_buffer_names):
+            container = getattr(self, attribute)
+            if adapter_name in container and not container[adapter_name].is_meta:
+                container[adapter_name] = container[adapter_name].to(target)
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return one adapter's tensors by attribute name: detached, whole, fp32."""
+        names = (*self.adapter_layer_names, *self.adapter_buffer_names)
+        return {n: dist.full_tensor(getattr(self, n)[name].detach()).float() for n in names}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter; the last one to go leaves the layer a plain base layer."""
+        super().delete_adapter(adapter_name)
+
+    # Base weight ---------------------------------------------------------------------------------------------
+
+    def base_weight(self) -> Tensor:
+        """Return the stored base weight, dequantized and gathered, fp32, (out_features, in_features).
+
+        Raises:
+            ValueError: The quantization backend cannot read its weights back.
+        """
+        weight = getattr(self.get_base_layer(), "weight", None)
+        with gather_params_ctx(weight if weight is not None else []):
+            try:
+                whole = dist.full_tensor(self.get_base_weight())
+            except (NotImplementedError, TypeError) as error:
+                backend = getattr(self.quantization_backend, "backend_name", "")
+                raise ValueError(f"{self.module_name}: {backend} weights cannot be read back: {error}") from error
+            return (whole.T if self.is_conv1d else whole).detach().float()
+
+    # Merging ---------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the update in the base layer's own layout, as PEFT's LoRA conversion asks for it."""
+        delta = self.delta_weight(adapter)
+        return delta.T if self.is_conv1d else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether the update is a fixed low-rank matrix."""
+        return self.factors(self.adapter_tensors(adapter_name), 1.0) is not None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the base weight; the original is kept, so that `unmerge` restores its very bits.
+
+        Args:
+            safe_merge: Whether to check the result for NaN and infinity before it replaces anything.
+            adapter_names: Adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: The result is not finite (safe_merge), or the base is of a kind that cannot be written.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
+        if not names:
+            return
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(f"{self.module_name}: a {backend.backend_name} base cannot be merged into")
+        snapshot = self._before_merge if self._before_merge is not None else self._snapshot()
+        self._restore(snapshot)
+        target = [*self.merged_adapters, *names]
+        try:
+            stored = self.get_base_weight()
+            delta = self.stored_delta(target)
+            merged = stored.float() + (delta.T if self.is_conv1d else delta)
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(f"{self.module_name}: merging {', '.join(names)} gives NaN or infinite weights")
+            self.set_base_weight(merged.to(stored.dtype))
+        except Exception:
+            self._restore(snapshot)
+            self.merged_adapters = []
+            self._before_merge = None
+            raise
+        self._before_merge = snapshot
+        self.merged_adapters = target
+
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before the first merge, bit for bit."""
+        if self._before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore(self._before_merge)
+        self._before_merge = None
+        self.merged_adapters = []
+
+    def _snapshot(self) -> ModuleSnapshot | Tensor:
+        core = self.get_base_layer()
+        return core.weight.data if self.quantization_backend is None else ModuleSnapshot.take(core)
+
+    def _restore(self, snapshot: ModuleSnapshot | Tensor) -> None:
+        if isinstance(snapshot, ModuleSnapshot):
+            snapshot.restore(self)
+        else:
+            self.get_base_layer().weight.data = snapshot.to(self.get_base_layer().weight.device)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the bare base layer, merged or as it was; PEFT calls this where a layer has it."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            if self.merged:
+                self.unmerge()
+            for name in list(self.configs):
+                self.delete_adapter(name)
+        return self.get_base_layer()
+
+    # Forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus that of the active adapters, in the base output's dtype."""
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            active: list[str] = []
+        elif self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        else:
+            active = [name for name in self.active_adapters if name in self.configs]
+        out = self.base_layer(x, *args, **kwargs)
+        dtype = out.dtype
+        if active and self.quantization_backend is not None:
+            out = self.quantization_backend.maybe_clone_base_result(out)
+        for name in active:
+            weight = getattr(self, self.adapter_layer_names[0])[name]
+            out = out + self.forward_delta(self._cast_input_dtype(x, weight.dtype), name)
+        out = self.add_inactive(out, x, active)
+        return out if out.dtype == dtype else out.to(dtype)
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return (x A^T) B^T for A (k, in_features) and B (out_features, k)."""
+        return F.linear(F.linear(x, a), b)
+
+    def __repr__(self) -> str:
+        return f"hf_ext.{super().__repr__()}"
+
+
+def _creates_meta() -> bool:
+    # accelerate's init_empty_weights patches register_parameter, and so acts on module attributes alone.
+    probe = nn.Module()
+    probe.p = nn.Parameter(torch.empty(0))
+    return probe.p.is_meta
+
+
+def _refuse_tensor_parallel(core: nn.Module, name: str) -> None:
+    weight = getattr(core, "weight", None)
+    if getattr(core, "_hf_tp_plan", None) is not None or (weight is not None and dist.is_tensor_parallel(weight)):
+        raise ValueError(f"{name}: tensor-parallel layers cannot be adapted; load the model without a tp_plan")
+
+
+class AdapterModel(BaseTuner):
+    """PEFT tuner of every adapter here; `register_adapter` makes one subclass for each method."""
+
+    prefix: str
+    tuner_layer_cls: type[AdapterLinear]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter into every target layer, or, where one refuses, leave the model as it was."""
+        self._undo: list[Callable[[], None]] = []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for undo in reversed(self._undo):
+                undo()
+            self.peft_config.pop(adapter_name, None)
+            raise
+        finally:
+            del self._undo
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        # PEFT tells adapters apart in state-dict keys by ".name.".
+        name = next(name for name, known in self.peft_config.items() if known is config)
+        parts = {part for key, _ in self.model.named_modules() for part in key.split(".")}
+        taken = parts - set(self.peft_config) if name in parts else set()
+        containers = {*self.tuner_layer_cls.adapter_layer_names, *self.tuner_layer_cls.adapter_buffer_names}
+        check(name not in taken | containers, "adapter_name", name, "different from every part of a module path")
+        check(name not in self.prefix, "adapter_name", name, f"no part of the prefix {self.prefix!r}")
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,  # pyright: ignore[reportIncompatibleMethodOverride]
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        self._refuse_tied(target, current_key)
+        if isinstance(target, self.tuner_layer_cls):
+            target.add_adapter(adapter_name, peft_config)
+            self._undo.append(lambda: target.delete_adapter(adapter_name))
+            target.set_adapter(target.active_adapters)
+            return
+        layer = self.tuner_layer_cls(target, current_key, **get_quantization_kwargs(self))
+        layer.add_adapter(adapter_name, peft_config)
+        layer.set_adapter(self.active_adapters)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._undo.append(lambda: setattr(parent, target_name, target))
+        self._replace_module(parent, target_name, layer, target)
+
+    def _refuse_tied(self, target: nn.Module, name: str) -> None:
+        config = self.get_model_config(self.model)
+        weight = getattr(target, "weight", None)
+        if not config.get("tie_word_embeddings") or weight is None or not hasattr(self.model, "get_input_embeddings"):
+            return
+        embedding = self.model.get_input_embeddings()
+        if embedding is not None and getattr(embedding, "weight", None) is weight:
+            raise ValueError(
+                f"target_modules: {name} shares its weight with the input embedding (tie_word_embeddings); "
+                "load the model with tie_word_embeddings=False to adapt it"
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.adapter_layers(adapter_name):
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            if dtype is not None and dtype.is_floating_point:
+                for attribute in (*layer.adapter_layer_names, *layer.adapter_buffer_names):
+                    container = getattr(layer, attribute)
+                    container[adapter_name] = container[adapter_name].to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        names = kwargs.get("adapter_names")
+        check(names is None, "adapter_names", names, "None: mixed batches are a feature of PEFT's LoRA only")
+        yield
+
+    def adapter_layers(self, adapter_name: str | None = None) -> list[AdapterLinear]:
+        """Return the adapted layers in module order; those of one adapter where a name is given."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, AdapterLinear)]
+        return [layer for layer in layers if adapter_name is None or adapter_name in layer.configs]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map a checkpoint's keys to the model's, and refuse one that is not wholly this adapter's.
+
+        PEFT loads with strict=False and leaves a missing tensor at its starting value.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls)}
+        wanted = {
+            f"{path}.{attribute}.{adapter_name}"
+            for path, layer in layers.items()
+            if adapter_name in layer.configs
+            for attribute in cls._saved_names(cast(AdapterConfig, config))
+        }
+        given = {key for key in remapped if f".{cls.prefix}" in key}
+        if missing := sorted(wanted - given):
+            raise ValueError(f"the adapter checkpoint lacks {_some(missing)}")
+        if unknown := sorted(given - wanted):
+            raise ValueError(f"the adapter checkpoint holds tensors that no adapted layer has: {_some(unknown)}")
+        for key in sorted(given):
+            if not bool(torch.isfinite(remapped[key]).all()):
+                raise ValueError(f"the adapter checkpoint's {key} has NaN or infinite values")
+        return remapped
+
+    @classmethod
+    def _saved_names(cls, config: AdapterConfig) -> tuple[str, ...]:
+        layer = cls.tuner_layer_cls
+        return (*layer.adapter_layer_names, *layer.adapter_buffer_names)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def register_adapter(
+    name: str,
+    *,
+    config: type[AdapterConfig],
+    summary: str,
+    paper: str | None,
+    supports: Iterable[str] = (),
+    test_kwargs: Mapping[str, object] | None = None,
+    bad_kwargs: Iterable[Mapping[str, object]] = (),
+    model: type[AdapterModel] = AdapterModel,
+) -> Callable[[LayerT], LayerT]:
+    """Register a layer class as an adapter method, here and with PEFT.
+
+    Args:
+        name: Lower-case name; the PEFT type is its upper case and the prefix of its tensors is name + "_".
+        config: The settings class.
+        summary: One line of what a user gets.
+        paper: Identifier, or None.
+        supports: Flags: "starts_at_base", "merge", "lora_export", "multi_adapter", "conv1d", "quantized".
+        test_kwargs: Smallest settings for the contract suite.
+        bad_kwargs: Settings to be refused.
+        model: Base of the tuner class that is made.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def decorate(layer: LayerT) -> LayerT:
+        stem = layer.__name__.removesuffix("Linear")
+        tuner = type(
+            f"{stem}Model",
+            (model,),
+            {
+                "prefix": f"{name}_",
+                "tuner_layer_cls": layer,
+                "__module__": layer.__module__,
+                "__doc__": f"PEFT tuner of `{stem}Linear` layers.",
+            },
+        )
+        setattr(sys.modules[layer.__module__], tuner.__name__, tuner)  # importable, hence picklable
+        config.method = name
+        register(
+            MethodInfo(
+                name=name,
+                kind="adapter",
+                summary=summary,
+                paper=paper,
+                target=layer,
+                config=config,
+                supports=frozenset(supports),
+                test_kwargs=dict(test_kwargs or {}),
+                bad_kwargs=tuple(bad_kwargs),
+            )
+        )
+        if not add_peft_type(name, config, tuner):
+            warnings.warn(f"PEFT ships a type {name.upper()} of its own, which stays in place", stacklevel=2)
+        return layer
+
+    return decorate

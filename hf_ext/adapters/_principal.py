@@ -1,0 +1,312 @@
+"""The principal-component family: adapters that train the leading singular directions of the base weight.
+
+Source: Meng et al. 2024, "PiSSA", arXiv 2404.02948, eq. 2-5. With W0 the base weight, U (out_features, r) its
+leading left singular vectors and C = U^T W0, the layer computes (W0 - U C) x + f(x), where f starts as U C.
+
+Differs from the paper and from PEFT's PiSSA:
+- The base weight is not written (`base_mode="projected"`): U and C are frozen buffers, and -U C x is part of the
+  adapter's output. So disabling the adapter gives the base model, several adapters compose, quantized bases work,
+  and the update f - U C needs nothing but the checkpoint to be exported. `base_mode="residual"` writes W0 - U C
+  into the base, as the paper does, for LoRA's speed; what the adapter has taken out is then added back wherever
+  the adapter is not active.
+- U and C travel with the checkpoint, so that loading never repeats a decomposition, which is not reproducible
+  across machines. `save_basis=False` leaves them out, repeats it and checks the outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.checks import check, check_choice
+from ..core.lowrank import TruncatedSVD, seeded, truncated_svd
+from ._base import AdapterConfig, AdapterLinear, AdapterModel
+
+FINGERPRINT_TOLERANCE = 1e-3  # relative; another machine's decomposition differs by rounding, another base by more
+
+
+@dataclass
+class PrincipalConfig(AdapterConfig):
+    """Settings of the principal-component family, beside those of every adapter.
+
+    Args:
+        alpha: Numerator of the scale alpha / r, > 0; None for a scale of 1. The start does not depend on it.
+        alpha_pattern: alpha by module name or regular expression, where it differs.
+        base_mode: "projected" leaves the base weight untouched; "residual" writes the residual into it.
+        n_iter: Krylov steps of the decomposition, >= 0; more steps, closer to the exact SVD.
+        oversample: Extra columns of its starting block, >= 0; None for max(16, r // 4).
+        save_basis: Whether checkpoints hold the frozen U and C (as large as the adapter itself). Without them
+            loading decomposes the base again and refuses one that differs from the original.
+        basis_fingerprint: Written by the library when save_basis is False: one number for each module.
+    """
+
+    alpha: float | None = None
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    base_mode: str = "projected"
+    n_iter: int = 5
+    oversample: int | None = None
+    save_basis: bool = True
+    basis_fingerprint: dict[str, float] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Check the family's fields."""
+        check(self.alpha is None or self.alpha > 0.0, "alpha", self.alpha, "None or positive")
+        for pattern, alpha in self.alpha_pattern.items():
+            check(alpha > 0.0, f"alpha_pattern[{pattern!r}]", alpha, "positive")
+        check_choice("base_mode", self.base_mode, ("projected", "residual"))
+        check(self.n_iter >= 0, "n_iter", self.n_iter, "at least 0")
+        check(self.oversample is None or self.oversample >= 0, "oversample", self.oversample, "None or at least 0")
+
+    def scale_of(self, module: str) -> float:
+        """Return alpha / r for one module path; 1 without an alpha."""
+        alpha = self.value_for(module, self.alpha_pattern, self.alpha)
+        return 1.0 if alpha is None else alpha / self.rank_of(module)
+
+
+class PrincipalLinear(AdapterLinear):
+    """Linear layer whose leading singular directions are replaced by trained factors.
+
+    A method names its frozen buffers (U, C), says how the factors start from a decomposition (`start`), and gives
+    the trained part as factors (`trained_factors`).
+    """
+
+    needs_base_at_init: ClassVar[bool] = True
+    basis_names: ClassVar[tuple[str, str]]  # attribute names of U (out_features, r) and C (r, in_features)
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **quantization: Any) -> None:
+        super().__init__(base_layer, module_name, **quantization)
+        # Name of the adapter whose U C is missing from the stored base weight.
+        self.residual_of: str | None = None
+        self._basis_before_load: tuple[Tensor, Tensor] | None = None
+        # Kept until the first forward, so that a checkpoint loaded right after injection starts from exact weights.
+        self._original: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_remember_basis)
+        self.register_load_state_dict_post_hook(_refresh_basis)
+
+    # What a method supplies --------------------------------------------------------------------------------
+
+    def start(self, svd: TruncatedSVD, scale: float) -> dict[str, Tensor]:
+        """Return the trained tensors with scale * (their product) = u diag(s) vh."""
+        raise NotImplementedError
+
+    @classmethod
+    def trained_factors(cls, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """Return B (out_features, r) and A (r, in_features) of the trained part, scale included."""
+        raise NotImplementedError
+
+    # Start ---------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: AdapterConfig) -> None:
+        """Create one adapter's tensors.
+
+        Raises:
+            ValueError: The settings do not fit, the base weight is not finite, or a second adapter asks for the
+                residual mode.
+        """
+        config = cast(PrincipalConfig, config)
+        if config.base_mode == "residual":
+            check(
+                self.residual_of is None,
+                "base_mode",
+                "residual",
+                f"'projected' beside adapter {self.residual_of!r}, which has already written its residual",
+                where=self.module_name,
+            )
+            check(
+                self.quantization_backend is None and not hasattr(self.get_base_layer().weight, "full_tensor"),
+                "base_mode",
+                "residual",
+                "'projected' on a quantized or sharded base: the residual would be rounded or misplaced",
+                where=self.module_name,
+            )
+        super().add_adapter(name, config)
+        if not config.save_basis:
+            self._check_fingerprint(name, config)
+
+    def initial_values(self, r: int, config: Any, weight: Tensor | None) -> dict[str, Tensor]:
+        """Return the trained tensors and the basis from the leading r triplets of the base weight."""
+        assert weight is not None
+        weight = weight + self._taken_out()  # the second adapter starts from W0 as the first one did
+        svd = truncated_svd(
+            weight,
+            r,
+            oversample=config.oversample,
+            n_iter=config.n_iter,
+            seed=config.seed,
+            name=self.module_name,
+        )
+        u, c = self.basis_names
+        values = self.start(svd, config.scale_of(self.module_name))
+        # u^T W0 = diag(s) vh holds whatever the quality of the decomposition, so the start cancels to rounding.
+        return {**values, u: svd.u, c: svd.s[:, None] * svd.vh}
+
+    def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
+        """Return random trained tensors that are added to the whole base weight: an empty basis."""
+        values = super().random_values(r, config)
+        return {**values, **{name: torch.zeros_like(values[name]) for name in self.basis_names}}
+
+    def _check_fingerprint(self, name: str, config: PrincipalConfig) -> None:
+        u, c = self.basis(name)
+        if self.awaits_values(name):  # loaded with low_cpu_mem_usage: the trained tensors follow, the basis does not
+            core = self.get_base_layer()
+            check(
+                not core.weight.is_meta,
+                "save_basis",
+                False,
+                "True for checkpoints that are loaded before their base model's weights are",
+                where=self.module_name,
+            )
+            values = self.initial_values(config.rank_of(self.module_name), config, self.base_weight())
+            device = core.weight.device
+            for attribute in self.basis_names:
+                getattr(self, attribute)[name] = values[attribute].to(device)
+            u, c = self.basis(name)
+        left = torch.randn(u.shape[0], generator=seeded(0, "left"), dtype=torch.float64)
+        right = torch.randn(c.shape[1], generator=seeded(0, "right"), dtype=torch.float64)
+        found = float((left @ u.cpu().double()) @ (c.cpu().double() @ right))
+        known = config.basis_fingerprint.setdefault(self.module_name, found)
+        check(
+            abs(found - known) <= FINGERPRINT_TOLERANCE * max(abs(known), abs(found)),
+            "basis_fingerprint",
+            found,
+            f"{known!r} within {FINGERPRINT_TOLERANCE}: this is not the base model the adapter was made for",
+            where=self.module_name,
+        )
+
+    def basis(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return one adapter's frozen U (out_features, r) and C (r, in_features)."""
+        u, c = self.basis_names
+        return getattr(self, u)[name], getattr(self, c)[name]
+
+    # Maths -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def factors(cls, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """Return the update's factors [B, -U] (out_features, 2r) and [A; C] (2r, in_features)."""
+        b, a = cls.trained_factors(tensors, scale)
+        u, c = (tensors[name] for name in cls.basis_names)
+        return torch.cat([b, -u], dim=1), torch.cat([a, c], dim=0)
+
+    def forward_delta(self, x: Tensor, name: str) -> Tensor:
+        """Return the trained part, less U C x where the stored base still holds it."""
+        out = self.forward_trained(self.adapter_dropout[name](x), name)
+        if self.residual_of == name:
+            return out
+        u, c = self.basis(name)
+        return out - self.low_rank(x, c, u)
+
+    def forward_trained(self, x: Tensor, name: str) -> Tensor:
+        """Return the trained part's output for x, already dropped out."""
+        raise NotImplementedError
+
+    def add_inactive(self, out: Tensor, x: Tensor, active: Sequence[str]) -> Tensor:
+        """Put U C x back where the adapter that wrote its residual is not active."""
+        if self._original is not None:
+            self._original = None
+        name = self.residual_of
+        if name is None or name in active:
+            return out
+        u, c = self.basis(name)
+        return out + self.low_rank(self._cast_input_dtype(x, c.dtype), c, u)
+
+    def stored_delta(self, names: Sequence[str]) -> Tensor:
+        """Return what turns the stored base weight into the merged one, fp32."""
+        return super().stored_delta(names) + self._taken_out()
+
+    # The residual in the base ------------------------------------------------------------------------------------
+
+    def _taken_out(self) -> Tensor | float:
+        if self.residual_of is None:
+            return 0.0
+        u, c = self.basis(self.residual_of)
+        return u.float() @ c.float()
+
+    def after_change(self) -> None:
+        """Write the residual into the base, where an adapter asks for it and has not done so."""
+        for name, config in self.configs.items():
+            if self.residual_of is None and cast(PrincipalConfig, config).base_mode == "residual":
+                if self.awaits_values(name) or self.get_base_layer().weight.is_meta:
+                    continue
+                self._original = self.get_base_layer().weight.data
+                self.residual_of = name
+                self._write_base(self._original, -1.0, *self.basis(name))
+
+    def _write_base(self, weight: Tensor, sign: float, u: Tensor, c: Tensor) -> None:
+        change = u.float() @ c.float()
+        new = weight.float() + sign * (change.T if self.is_conv1d else change)
+        self.get_base_layer().weight.data = new.to(weight.dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter, and give the base back what it had taken out (to the base dtype's rounding)."""
+        if self.residual_of == adapter_name:
+            u, c = self.basis(adapter_name)
+            if self._original is not None:
+                self.get_base_layer().weight.data = self._original
+            else:
+                self._write_base(self.get_base_layer().weight.data, 1.0, u, c)
+            self.residual_of, self._original = None, None
+        super().delete_adapter(adapter_name)
+
+
+def _remember_basis(module: nn.Module, *_: object) -> None:
+    layer = cast(PrincipalLinear, module)
+    if layer.residual_of is not None:
+        u, c = layer.basis(layer.residual_of)
+        layer._basis_before_load = (u.clone(), c.clone())
+
+
+def _refresh_basis(module: nn.Module, _: object) -> None:
+    """Rebuild the residual after a checkpoint has brought its own basis."""
+    layer = cast(PrincipalLinear, module)
+    before, layer._basis_before_load = layer._basis_before_load, None
+    if layer.residual_of is None or before is None:
+        layer.after_change()
+        return
+    u, c = layer.basis(layer.residual_of)
+    if torch.equal(u, before[0]) and torch.equal(c, before[1]):
+        return
+    if layer._original is None:
+        layer._write_base(layer.get_base_layer().weight.data, 1.0, *before)
+        base = layer.get_base_layer().weight.data
+    else:
+        base = layer._original
+    layer._write_base(base, -1.0, u, c)
+
+
+class PrincipalModel(AdapterModel):
+    """Tuner of the principal-component family."""
+
+    tuner_layer_cls: type[PrincipalLinear]
+
+    @classmethod
+    def _saved_names(cls, config: AdapterConfig) -> tuple[str, ...]:
+        names = super()._saved_names(config)
+        if cast(PrincipalConfig, config).save_basis:
+            return names
+        return tuple(name for name in names if name not in cls.tuner_layer_cls.basis_names)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        if config.save_basis:
+            return selected
+        u, c = cls.tuner_layer_cls.basis_names
+        return {key: value for key, value in selected.items() if f".{u}." not in key and f".{c}." not in key}
+

@@ -1,0 +1,98 @@
+"""Process groups: each function is a no-op in one process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Return whether a process group of more than one process is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    """Return this process's number; 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def is_main() -> bool:
+    """Return whether this process writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if is_distributed():
+        dist.barrier()
+
+
+def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrite a tensor in place with the source process's values, and return it."""
+    if is_distributed():
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def all_reduce_mean_(tensor: Tensor) -> Tensor:
+    """Overwrite a tensor in place with its mean over processes, and return it."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole tensor of a sharded one (a collective), any other tensor as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather is not None else tensor
+
+
+def shard_like(whole: Tensor, sharded: Tensor) -> Tensor:
+    """Return `whole` laid out as `sharded` is: this process's part of it for a DTensor, else itself.
+
+    Args:
+        whole: Values that are equal on every process.
+        sharded: The tensor whose mesh and placements are taken.
+    """
+    if not hasattr(sharded, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = sharded.device_mesh, sharded.placements  # pyright: ignore[reportAttributeAccessIssue]
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, placements)
+
+
+def awaits_broadcast() -> bool:
+    """Return whether this process's weights are placeholders that FSDP will fill from rank 0.
+
+    With FSDP's CPU-RAM-efficient loading only one process of a host reads the checkpoint; what is computed
+    from the weights of the others would be computed from uninitialised memory.
+    """
+    efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in {"1", "true", "yes", "on"}
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true", "yes", "on"}
+    return fsdp and efficient and is_distributed() and int(os.environ.get("LOCAL_RANK", "0")) != 0
+
+
+def is_tensor_parallel(tensor: Tensor) -> bool:
+    """Return whether a tensor is sharded over a mesh dimension that is not FSDP's."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return mesh is not None and not set(mesh.mesh_dim_names or ()) <= {"fsdp", "dp", "dp_shard", "dp_replicate"}
+
+
+def same_on_all_ranks(tensor: Tensor) -> bool:
+    """Return whether a tensor has the same bits on every process (a collective)."""
+    if not is_distributed():
+        return True
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return all(torch.equal(gathered[0], other) for other in gathered)

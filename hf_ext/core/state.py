@@ -1,0 +1,56 @@
+"""State inside a checkpoint folder: scalars as JSON, tensors as safetensors, both or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import read_json, read_tensors, write_json, write_tensors
+
+
+def save_state(
+    folder: str | Path, name: str, scalars: Mapping[str, object], tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write one part's state as `<name>.json` and, where there are tensors, `<name>.safetensors`.
+
+    The JSON file is written last and lists the tensors: without it there is no state, so that a process killed
+    between the two files leaves nothing that loads and is wrong.
+
+    Args:
+        folder: The checkpoint folder.
+        name: Base name of the files.
+        scalars: JSON values.
+        tensors: Tensors by name.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    tensors = tensors or {}
+    folder = Path(folder)
+    if tensors:
+        write_tensors(folder / f"{name}.safetensors", tensors)
+    write_json(folder / f"{name}.json", {"scalars": dict(scalars), "tensors": sorted(tensors)})
+
+
+def load_state(folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read what `save_state` wrote.
+
+    Returns:
+        The scalars and the tensors (on the CPU).
+
+    Raises:
+        FileNotFoundError: There is no such state in the folder.
+        ValueError: A file is damaged, or the tensors are not those that the JSON file lists.
+    """
+    path = Path(folder) / f"{name}.json"
+    content = read_json(path)
+    if not isinstance(content, dict) or set(content) != {"scalars", "tensors"}:
+        raise ValueError(f"{path} does not hold a saved state (expected the keys 'scalars' and 'tensors')")
+    tensors = read_tensors(path.with_suffix(".safetensors")) if content["tensors"] else {}
+    if sorted(tensors) != content["tensors"]:
+        differing = sorted(set(tensors) ^ set(content["tensors"]))
+        raise ValueError(f"{path.with_suffix('.safetensors')} does not match {path.name}: {', '.join(differing)}")
+    return content["scalars"], tensors
