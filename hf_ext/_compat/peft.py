@@ -116,4 +116,5 @@ class ModuleSnapshot:
             self.module._parameters[name] = parameter
             if parameter is not None:
                 parameter.__dict__.update(self.parameter_state[name])
-        self.module.__dict__.update(self.attributes)
+        # Copies again: the layer's state object is written to by the next merge.
+        self.module.__dict__.update({name: copy.copy(value) for name, value in self.attributes.items()})

@@ -350,6 +350,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(f"{self.module_name}: a {backend.backend_name} base cannot be merged into")
+        if hasattr(self.get_base_layer().weight, "full_tensor"):
+            raise ValueError(
+                f"{self.module_name}: a sharded base cannot be merged into; save the adapter, or export it to LoRA, "
+                "and merge it into a model that is loaded whole"
+            )
         snapshot = self._before_merge if self._before_merge is not None else self._snapshot()
         self._restore(snapshot)
         target = [*self.merged_adapters, *names]
@@ -465,12 +470,12 @@ class AdapterModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
-        # PEFT tells adapters apart in state-dict keys by ".name.".
+        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems to be another adapter's.
         name = next(name for name, known in self.peft_config.items() if known is config)
-        parts = {part for key, _ in self.model.named_modules() for part in key.split(".")}
-        taken = parts - set(self.peft_config) if name in parts else set()
-        containers = {*self.tuner_layer_cls.adapter_layer_names, *self.tuner_layer_cls.adapter_buffer_names}
-        check(name not in taken | containers, "adapter_name", name, "different from every part of a module path")
+        layer = self.tuner_layer_cls
+        parts = {part for key in self.model.state_dict() for part in key.split(".")}
+        parts |= {*layer.adapter_layer_names, *layer.adapter_buffer_names, "base_layer", "base_model", "model"}
+        check(name not in parts, "adapter_name", name, "different from every part of a module path")
         check(name not in self.prefix, "adapter_name", name, f"no part of the prefix {self.prefix!r}")
 
     def _create_and_replace(

@@ -310,3 +310,14 @@ class PrincipalModel(AdapterModel):
         u, c = cls.tuner_layer_cls.basis_names
         return {key: value for key, value in selected.items() if f".{u}." not in key and f".{c}." not in key}
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if not config.save_basis:  # what injection has computed is what the checkpoint left out
+            for path, layer in model.named_modules():
+                if isinstance(layer, PrincipalLinear) and adapter_name in layer.configs:
+                    for attribute, value in zip(layer.basis_names, layer.basis(adapter_name), strict=True):
+                        remapped[f"{path}.{attribute}.{adapter_name}"] = value
+        return remapped

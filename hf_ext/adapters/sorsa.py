@@ -34,7 +34,9 @@ from ..core.dist import full_tensor
 from ..core.grad_terms import GradTerm, GroupOf
 from ..core.lowrank import TruncatedSVD
 from ._base import register_adapter
-from ._principal import PrincipalConfig, PrincipalLinear
+from ._principal import PrincipalConfig, PrincipalLinear, PrincipalModel
+
+__all__ = ["SorsaConfig", "orthonormality"]
 
 
 @dataclass
@@ -65,6 +67,7 @@ class SorsaConfig(PrincipalConfig):
 @register_adapter(
     "sorsa",
     config=SorsaConfig,
+    model=PrincipalModel,
     summary="leading singular triplets, trained with the factors held near orthonormal",
     paper="arXiv:2409.00055",
     supports={"starts_at_base", "merge", "lora_export", "multi_adapter", "conv1d", "quantized"},
@@ -167,8 +170,9 @@ def orthonormality_gradients(
         else:
             e = eps * math.sqrt(gram.shape[-1])
             root = (square + e * e).sqrt()
-            # Without smoothing the norm has no gradient at 0; 0 is one of its subgradients.
-            value, factor_of = root - e, torch.where(root > 0.0, 2.0 / root, 0.0)
+            # root - e without its cancellation. Unsmoothed, the norm has no gradient at 0; 0 is a subgradient.
+            value = torch.where(root > 0.0, square / (root + e), 0.0)
+            factor_of = torch.where(root > 0.0, 2.0 / root, 0.0)
         product = gram @ batch if rows else batch @ gram
         for position, index in enumerate(indices):
             norms[index] = value[position]

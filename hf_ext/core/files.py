@@ -158,7 +158,7 @@ def tensor_header(path: str | Path) -> dict[str, Any]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
         except (UnicodeDecodeError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} has a damaged header: {error}") from error
     if size != 8 + length + end:

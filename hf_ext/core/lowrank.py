@@ -32,7 +32,8 @@ def seeded(seed: int, name: str) -> torch.Generator:
 
     Drawing on the CPU gives the same numbers on every device and rank, whatever the global seeds are.
     """
-    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # The CPU generator takes 32 bits of a seed and ignores the rest, so both go through one 32-bit checksum.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 def truncated_svd(

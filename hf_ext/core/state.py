@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -47,10 +47,18 @@ def load_state(folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str,
     """
     path = Path(folder) / f"{name}.json"
     content = read_json(path)
-    if not isinstance(content, dict) or set(content) != {"scalars", "tensors"}:
+    if not _is_state(content):
         raise ValueError(f"{path} does not hold a saved state (expected the keys 'scalars' and 'tensors')")
     tensors = read_tensors(path.with_suffix(".safetensors")) if content["tensors"] else {}
     if sorted(tensors) != content["tensors"]:
         differing = sorted(set(tensors) ^ set(content["tensors"]))
         raise ValueError(f"{path.with_suffix('.safetensors')} does not match {path.name}: {', '.join(differing)}")
     return content["scalars"], tensors
+
+
+def _is_state(content: Any) -> bool:
+    if not isinstance(content, dict) or set(cast(dict[str, object], content)) != {"scalars", "tensors"}:
+        return False
+    listed = cast(dict[str, object], content)["tensors"]
+    names = isinstance(listed, list) and all(isinstance(name, str) for name in cast(list[object], listed))
+    return names and isinstance(content["scalars"], dict)

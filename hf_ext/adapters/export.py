@@ -1,0 +1,161 @@
+"""Export of low-rank adapters as ordinary PEFT LoRA folders, exact to rounding.
+
+The update of such an adapter is a product of two factors that its own tensors give in closed form, so nothing is
+decomposed to approximate it; a QR step removes directions that carry nothing. The folder loads with plain PEFT,
+transformers' `load_adapter` and servers that read LoRA, in a process that never imports this package. In a process
+group every rank must call it (sharded tensors are gathered); the first one writes.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..core import dist, registry
+from ..core.checks import check
+from ..core.files import atomic_folder, read_json, read_tensors, write_bytes, write_json, write_tensors
+from ..core.lowrank import recompress
+from ._base import AdapterConfig, AdapterLinear
+
+__all__ = ["export_to_lora"]
+
+_PREFIX = "base_model.model."
+
+
+def export_to_lora(
+    model_or_path: nn.Module | str | Path,
+    out: str | Path,
+    *,
+    adapter_name: str = "default",
+    rank: int | None = None,
+) -> dict[str, float]:
+    """Write an adapter as a PEFT LoRA checkpoint.
+
+    Args:
+        model_or_path: A model that carries the adapter (a PeftModel, or a transformers model after
+            `add_adapter`), or the folder of a saved one. The base model is not needed for a folder.
+        out: Folder to write; one that exists is replaced, and only once the new one is whole.
+        adapter_name: Which adapter of a model.
+        rank: Largest rank to keep in each layer, for a smaller and no longer exact export; None for exact.
+
+    Returns:
+        For each adapted module the share of the update's energy (squared Frobenius norm) that was dropped; 0
+        without a `rank`.
+
+    Raises:
+        ValueError: The adapter's update has no low rank, or a file is damaged or incomplete.
+        OSError: The folder cannot be written.
+    """
+    check(rank is None or rank >= 1, "rank", rank, "None or at least 1")
+    if isinstance(model_or_path, nn.Module):
+        config, layers, others = _from_model(model_or_path, adapter_name)
+    else:
+        config, layers, others = _from_folder(Path(model_or_path))
+    layer_class = cast(type[AdapterLinear], registry.get("adapter", config.method).target)
+
+    tensors, ranks, dropped = dict(others), {}, {}
+    for module, own in layers.items():
+        pair = layer_class.factors(own, config.scale_of(module))
+        check(pair is not None, "adapter", config.method, "of a type whose update has low rank", where=module)
+        b, a, dropped[module] = recompress(*cast(tuple[Tensor, Tensor], pair), rank=rank)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
+        ranks[module] = a.shape[0]
+
+    if dist.is_main():
+        with atomic_folder(out) as folder:
+            write_tensors(folder / "adapter_model.safetensors", tensors)
+            write_json(folder / "adapter_config.json", _lora_settings(config, ranks))
+            write_bytes(folder / "README.md", _card(config).encode())
+    dist.barrier()
+    return dropped
+
+
+def _from_model(
+    model: nn.Module, adapter_name: str
+) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    config: AdapterConfig | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterLinear) and adapter_name in module.configs:
+            config = module.configs[adapter_name]
+            layers[module.module_name] = {k: v.cpu() for k, v in module.adapter_tensors(adapter_name).items()}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            state = {k: dist.full_tensor(v) for k, v in module.state_dict().items()}
+            saved = module.adapter_state_dict(adapter_name, state)
+            others.update({_PREFIX + path.removeprefix(_PREFIX) + f".{k}": v for k, v in saved.items()})
+    check(config is not None, "adapter_name", adapter_name, "the name of an adapter of this package on the model")
+    return cast(AdapterConfig, config), layers, others
+
+
+def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    path = folder / "adapter_config.json"
+    check(path.is_file(), "adapter folder", str(folder), "a folder with an adapter_config.json")
+    settings: dict[str, Any] = read_json(path)
+    name = str(settings.get("peft_type", "")).lower()
+    check(name != "lora", "peft_type", "LORA", "another type than LoRA, which needs no export", where=str(path))
+    config_class = cast(type[AdapterConfig], registry.get("adapter", name).config)
+    config = config_class.from_pretrained(str(folder))
+    layer_class = cast(type[AdapterLinear], registry.get("adapter", name).target)
+    wanted = {*layer_class.adapter_layer_names, *layer_class.adapter_buffer_names}
+
+    layers: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
+    others: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
+        module, _, attribute = key.rpartition(".")
+        if attribute in wanted:
+            layers[module.removeprefix(_PREFIX)][attribute] = tensor.float()
+        else:
+            others[key] = tensor
+    check(bool(layers), "adapter_model.safetensors", sorted(others)[:3], f"one with {name} tensors", where=str(folder))
+    for module, own in layers.items():
+        missing = sorted(wanted - set(own))
+        check(
+            not missing,
+            "adapter_model.safetensors",
+            f"no {', '.join(missing)} for {module}",
+            "complete; an adapter saved with save_basis=False is exported from the loaded model instead",
+            where=str(folder),
+        )
+    return config, dict(layers), others
+
+
+def _lora_settings(config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, Any]:
+    from peft import LoraConfig
+
+    common = collections.Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {re.escape(module): r for module, r in sorted(ranks.items()) if r != common}
+    lora = LoraConfig(
+        r=common,
+        lora_alpha=common,  # the scale is in the factors
+        rank_pattern=dict(pattern),
+        alpha_pattern=dict(pattern),
+        # The very modules, whatever rule chose them: exclusions and layer indices are settled by now.
+        target_modules=sorted(ranks),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    settings = lora.to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def _card(config: AdapterConfig) -> str:
+    base = config.base_model_name_or_path
+    named = f"base_model: {base}\n" if base and not Path(base).exists() else ""
+    return (
+        f"---\nlibrary_name: peft\n{named}tags:\n- lora\n- hf_ext\n---\n\n"
+        f"# LoRA export of a {config.method} adapter\n\n"
+        "An ordinary PEFT LoRA checkpoint with the same weight update. It loads without hf_ext:\n\n"
+        "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, \"<this folder or repository>\")\n```\n"
+    )

@@ -1,0 +1,103 @@
+"""Trains every registered adapter under DDP and FSDP2; started by torchrun, one process for each rank.
+
+Usage: torchrun --nproc_per_node 2 -m tests.distributed.adapters_worker OUT
+Writes OUT/<case>.rank<k>.safetensors with the adapter's tensors as rank k has them at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_ext.adapters  # registers the methods
+from hf_ext.adapters import export_to_lora
+from hf_ext.core import registry
+from hf_ext.core.dist import full_tensor
+from tests.conftest import build_tiny_llama
+
+STEPS = 5
+BATCH = torch.arange(4 * 12).reshape(4, 12) * 7 % 256
+
+
+def cases() -> dict[str, tuple[registry.MethodInfo, dict[str, Any]]]:
+    """Return every registered adapter with its test settings, and in each base mode where it has modes."""
+    found = {}
+    for info in registry.methods("adapter"):
+        assert info.config is not None
+        has_modes = "base_mode" in info.config.__dataclass_fields__
+        for mode in ("projected", "residual") if has_modes else ("",):
+            extra = {"base_mode": mode} if mode else {}
+            found[f"{info.name}-{mode or 'plain'}"] = (info, {**info.test_kwargs, **extra})
+    return found
+
+
+def adapted(info: registry.MethodInfo, settings: dict[str, Any]) -> nn.Module:
+    """Return the adapted small model; a penalty, where the method has one, is strong enough to be seen."""
+    assert info.config is not None
+    if "gamma" in info.config.__dataclass_fields__:
+        settings = {**settings, "gamma": 0.05}
+    return get_peft_model(build_tiny_llama(), info.config(target_modules="all-linear", **settings)).train()
+
+
+def train(model: nn.Module, ids: Tensor, module: nn.Module | None = None) -> None:
+    """Take some AdamW steps on one batch."""
+    parameters = [p for p in (module or model).parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter's whole tensors."""
+    return {k: full_tensor(v.detach()).clone().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+
+
+def main() -> None:
+    """Run all cases."""
+    out = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    rank = dist.get_rank()
+    ids = BATCH.chunk(2)[rank]
+    for case, (info, settings) in cases().items():
+        torch.manual_seed(1000 + rank)  # a start that used global seeds would differ between ranks
+        model = adapted(info, settings)
+        save_file(adapter_state(model), out / f"{case}-start.rank{rank}.safetensors")
+        train(DistributedDataParallel(model), ids)
+        save_file(adapter_state(model), out / f"{case}-ddp.rank{rank}.safetensors")
+
+        torch.manual_seed(1000 + rank)
+        model = adapted(info, settings)
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.base_model.model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        train(model, ids)
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())
+        save_file(adapter_state(model), out / f"{case}-fsdp2.rank{rank}.safetensors")
+        if "lora_export" in info.supports:
+            export_to_lora(model, out / f"{case}-fsdp2-lora")
+        if "merge" in info.supports:
+            try:
+                model.merge_adapter()
+            except ValueError as error:
+                assert "sharded base" in str(error)
+            else:
+                raise AssertionError("merging into a sharded base was not refused")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

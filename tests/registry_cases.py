@@ -1,0 +1,43 @@
+"""Cases for `parametrize`, taken from the registry: a registered method is a tested one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from hf_ext.core.registry import methods as registered_methods
+
+FOLDERS = {
+    "adapter": "adapters",
+    "callback": "callbacks",
+    "trainer": "trainers",
+    "optimizer": "optimizers",
+    "merge": "merging",
+}
+
+
+def methods(kind: str, *, supports: Iterable[str] = (), lacks: Iterable[str] = ()) -> list[Any]:
+    """Return one `pytest.param` with the registry row for each method of a kind.
+
+    Args:
+        kind: One of the registry's kinds.
+        supports: Capability flags that a row must have, one name or several.
+        lacks: Capability flags that it must not have.
+    """
+    importlib.import_module(f"hf_ext.{FOLDERS[kind]}")  # registers its methods
+    wanted = {supports} if isinstance(supports, str) else set(supports)
+    unwanted = {lacks} if isinstance(lacks, str) else set(lacks)
+    rows = [row for row in registered_methods(kind) if wanted <= row.supports and not unwanted & row.supports]
+    return [pytest.param(row, id=row.name) for row in rows]
+
+
+def refused_settings(kind: str) -> list[Any]:
+    """Return one `pytest.param` (row, settings) for each setting that a method must refuse."""
+    cases = ((row, dict(bad)) for row in (case.values[0] for case in methods(kind)) for bad in row.bad_kwargs)
+    return [
+        pytest.param(row, bad, id=f"{row.name}-{list(bad)[-1]}={list(bad.values())[-1]}")
+        for row, bad in cases
+    ]
