@@ -137,7 +137,9 @@ def main() -> None:
             f"ratio {row['peak_ratio']:.3f}"
         )
     if options.out:
-        options.out.write_text(json.dumps({"settings": vars(options) | {"out": None}, "table": table}, indent=2) + "\n")
+        options.out.write_text(
+            json.dumps({"settings": vars(options) | {"out": None}, "table": table}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

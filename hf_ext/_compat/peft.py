@@ -13,7 +13,6 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -38,7 +37,6 @@ __all__ = [
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "BaseTuner",
     "BaseTunerLayer",
-    "BufferDict",
     "ModuleSnapshot",
     "PeftConfig",
     "PeftType",

@@ -24,7 +24,6 @@ from .._compat.peft import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     BaseTuner,
     BaseTunerLayer,
-    BufferDict,
     ModuleSnapshot,
     PeftConfig,
     PeftType,
@@ -101,7 +100,12 @@ class AdapterConfig(PeftConfig):
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 value = getattr(self, name)
-                check(value is None, name, value, "None when target_modules is a regular expression or a shorthand")
+                check(
+                    value is None,
+                    name,
+                    value,
+                    "None when target_modules is a regular expression or a shorthand",
+                )
         self.validate()
 
     def validate(self) -> None:
@@ -136,13 +140,15 @@ class AdapterConfig(PeftConfig):
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear, Conv1D or a quantized one) with named adapters beside it.
 
-    All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s
-    (`adapter_layer_names`, trained) and `BufferDict`s (`adapter_buffer_names`, frozen and saved) keyed by adapter
-    name. Weights are in (out_features, in_features) layout throughout; Conv1D is transposed at the border.
+    All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s keyed by
+    adapter name: `adapter_layer_names` are trained, `adapter_frozen_names` are not and are saved all the same.
+    (Frozen parameters and not buffers: FSDP2 shards them, and Accelerate's loading from rank 0 broadcasts
+    parameters only.) Weights are in (out_features, in_features) layout throughout; Conv1D is transposed at the
+    border.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
-    adapter_buffer_names: tuple[str, ...] = ()
+    adapter_frozen_names: tuple[str, ...] = ()
     needs_base_at_init: ClassVar[bool] = False
 
     base_layer: nn.Module
@@ -164,21 +170,24 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         _refuse_tensor_parallel(core, module_name)
         features = in_out_features(core)
         self.in_features, self.out_features = cast(tuple[int, int], features)
-        for name in self.adapter_layer_names:
+        for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict())
-        for name in self.adapter_buffer_names:
-            setattr(self, name, BufferDict(persistent=True))
         self.configs: dict[str, AdapterConfig] = {}
         self.scale: dict[str, float] = {}
         self.adapter_dropout = nn.ModuleDict()
         # PEFT deletes an adapter from every container named here.
-        self.other_param_names = ("configs", "scale", "adapter_dropout", *self.adapter_buffer_names)
+        self.other_param_names = ("configs", "scale", "adapter_dropout", *self.adapter_frozen_names)
         # The class defaults of PEFT are shared between layers.
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._before_merge: ModuleSnapshot | Tensor | None = None
         self.cast_input_dtype_enabled = True
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of all adapter tensors, trained and frozen."""
+        return (*self.adapter_layer_names, *self.adapter_frozen_names)
 
     def _is_quantized_linear(self) -> bool:
         return self.quantization_backend is not None and self.quantization_backend.layer_type == "linear"
@@ -257,14 +266,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.configs[name] = config
         self.scale[name] = config.scale_of(self.module_name)
         self.adapter_dropout[name] = nn.Dropout(config.dropout) if config.dropout > 0.0 else nn.Identity()
-        for attribute in self.adapter_layer_names:
+        for attribute in self.tensor_names:
             value = torch.zeros(shapes[attribute]) if values is None else values[attribute]
-            getattr(self, attribute)[name] = nn.Parameter(value.to(device))
-        for attribute in self.adapter_buffer_names:  # never on meta: PEFT moves buffers right after injection
-            value = torch.zeros(shapes[attribute]) if values is None else values[attribute]
-            getattr(self, attribute)[name] = value.to(device)
+            self.set_tensor(attribute, name, value.to(device))
         if values is not None:
             self.after_change()
+
+    def set_tensor(self, attribute: str, name: str, value: Tensor) -> None:
+        """Put a tensor in place as a parameter, trained or frozen as its attribute is."""
+        trained = attribute in self.adapter_layer_names
+        getattr(self, attribute)[name] = nn.Parameter(value.detach(), requires_grad=trained)
 
     def awaits_values(self, name: str) -> bool:
         """Return whether one adapter's trained tensors are on the meta device, to be loaded."""
@@ -288,19 +299,22 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             device = parameter.device if parameter is not None else torch.device("cpu")
         return device
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         # Upstream also casts to the base's dtype. A start computed in fp32 would be rounded to bf16 by that, tensor
         # by tensor, and no longer cancel.
         target = device if device is not None else self._base_device()
-        for attribute in (*self.adapter_layer_names, *self.adapter_buffer_names):
+        for attribute in self.tensor_names:
             container = getattr(self, attribute)
-            if adapter_name in container and not container[adapter_name].is_meta:
-                container[adapter_name] = container[adapter_name].to(target)
+            if adapter_name not in container or container[adapter_name].is_meta:
+                continue
+            if container[adapter_name].device != target:
+                container[adapter_name].data = container[adapter_name].data.to(target)
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Return one adapter's tensors by attribute name: detached, whole, fp32."""
-        names = (*self.adapter_layer_names, *self.adapter_buffer_names)
-        return {n: dist.full_tensor(getattr(self, n)[name].detach()).float() for n in names}
+        return {n: dist.full_tensor(getattr(self, n)[name].detach()).float() for n in self.tensor_names}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter; the last one to go leaves the layer a plain base layer."""
@@ -320,7 +334,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 whole = dist.full_tensor(self.get_base_weight())
             except (NotImplementedError, TypeError) as error:
                 backend = getattr(self.quantization_backend, "backend_name", "")
-                raise ValueError(f"{self.module_name}: {backend} weights cannot be read back: {error}") from error
+                raise ValueError(
+                    f"{self.module_name}: {backend} weights cannot be read back: {error}"
+                ) from error
             return (whole.T if self.is_conv1d else whole).detach().float()
 
     # Merging ---------------------------------------------------------------------------------------------------
@@ -350,7 +366,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(f"{self.module_name}: a {backend.backend_name} base cannot be merged into")
-        if hasattr(self.get_base_layer().weight, "full_tensor"):
+        if hasattr(getattr(self.get_base_layer(), "weight", None), "full_tensor"):
             raise ValueError(
                 f"{self.module_name}: a sharded base cannot be merged into; save the adapter, or export it to LoRA, "
                 "and merge it into a model that is loaded whole"
@@ -363,7 +379,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             delta = self.stored_delta(target)
             merged = stored.float() + (delta.T if self.is_conv1d else delta)
             if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"{self.module_name}: merging {', '.join(names)} gives NaN or infinite weights")
+                raise ValueError(
+                    f"{self.module_name}: merging {', '.join(names)} gives NaN or infinite weights"
+                )
             self.set_base_weight(merged.to(stored.dtype))
         except Exception:
             self._restore(snapshot)
@@ -444,8 +462,12 @@ def _creates_meta() -> bool:
 
 def _refuse_tensor_parallel(core: nn.Module, name: str) -> None:
     weight = getattr(core, "weight", None)
-    if getattr(core, "_hf_tp_plan", None) is not None or (weight is not None and dist.is_tensor_parallel(weight)):
-        raise ValueError(f"{name}: tensor-parallel layers cannot be adapted; load the model without a tp_plan")
+    if getattr(core, "_hf_tp_plan", None) is not None or (
+        weight is not None and dist.is_tensor_parallel(weight)
+    ):
+        raise ValueError(
+            f"{name}: tensor-parallel layers cannot be adapted; load the model without a tp_plan"
+        )
 
 
 class AdapterModel(BaseTuner):
@@ -474,7 +496,8 @@ class AdapterModel(BaseTuner):
         name = next(name for name, known in self.peft_config.items() if known is config)
         layer = self.tuner_layer_cls
         parts = {part for key in self.model.state_dict() for part in key.split(".")}
-        parts |= {*layer.adapter_layer_names, *layer.adapter_buffer_names, "base_layer", "base_model", "model"}
+        names = (*layer.adapter_layer_names, *layer.adapter_frozen_names)
+        parts |= {*names, "base_layer", "base_model", "model"}
         check(name not in parts, "adapter_name", name, "different from every part of a module path")
         check(name not in self.prefix, "adapter_name", name, f"no part of the prefix {self.prefix!r}")
 
@@ -505,7 +528,11 @@ class AdapterModel(BaseTuner):
     def _refuse_tied(self, target: nn.Module, name: str) -> None:
         config = self.get_model_config(self.model)
         weight = getattr(target, "weight", None)
-        if not config.get("tie_word_embeddings") or weight is None or not hasattr(self.model, "get_input_embeddings"):
+        if (
+            not config.get("tie_word_embeddings")
+            or weight is None
+            or not hasattr(self.model, "get_input_embeddings")
+        ):
             return
         embedding = self.model.get_input_embeddings()
         if embedding is not None and getattr(embedding, "weight", None) is weight:
@@ -515,15 +542,18 @@ class AdapterModel(BaseTuner):
             )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if autocast_adapter_dtype:
-            return
         for layer in self.adapter_layers(adapter_name):
-            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-            if dtype is not None and dtype.is_floating_point:
-                for attribute in (*layer.adapter_layer_names, *layer.adapter_buffer_names):
-                    container = getattr(layer, attribute)
-                    container[adapter_name] = container[adapter_name].to(dtype)
+            _, base_dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            for attribute in layer.tensor_names:
+                parameter = getattr(layer, attribute)[adapter_name]
+                if autocast_adapter_dtype:
+                    dtype = torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else None
+                else:
+                    dtype = base_dtype if base_dtype is not None and base_dtype.is_floating_point else None
+                if (
+                    dtype is not None and dtype != parameter.dtype
+                ):  # upstream's cast would unfreeze frozen ones
+                    parameter.data = parameter.data.to(dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
@@ -556,7 +586,9 @@ class AdapterModel(BaseTuner):
         if missing := sorted(wanted - given):
             raise ValueError(f"the adapter checkpoint lacks {_some(missing)}")
         if unknown := sorted(given - wanted):
-            raise ValueError(f"the adapter checkpoint holds tensors that no adapted layer has: {_some(unknown)}")
+            raise ValueError(
+                f"the adapter checkpoint holds tensors that no adapted layer has: {_some(unknown)}"
+            )
         for key in sorted(given):
             if not bool(torch.isfinite(remapped[key]).all()):
                 raise ValueError(f"the adapter checkpoint's {key} has NaN or infinite values")
@@ -565,7 +597,7 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _saved_names(cls, config: AdapterConfig) -> tuple[str, ...]:
         layer = cls.tuner_layer_cls
-        return (*layer.adapter_layer_names, *layer.adapter_buffer_names)
+        return (*layer.adapter_layer_names, *layer.adapter_frozen_names)
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

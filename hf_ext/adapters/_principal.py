@@ -4,7 +4,7 @@ Source: Meng et al. 2024, "PiSSA", arXiv 2404.02948, eq. 2-5. With W0 the base w
 leading left singular vectors and C = U^T W0, the layer computes (W0 - U C) x + f(x), where f starts as U C.
 
 Differs from the paper and from PEFT's PiSSA:
-- The base weight is not written (`base_mode="projected"`): U and C are frozen buffers, and -U C x is part of the
+- The base weight is not written (`base_mode="projected"`): U and C are frozen tensors, and -U C x is part of the
   adapter's output. So disabling the adapter gives the base model, several adapters compose, quantized bases work,
   and the update f - U C needs nothing but the checkpoint to be exported. `base_mode="residual"` writes W0 - U C
   into the base, as the paper does, for LoRA's speed; what the adapter has taken out is then added back wherever
@@ -22,11 +22,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.lowrank import TruncatedSVD, seeded, truncated_svd
 from ._base import AdapterConfig, AdapterLinear, AdapterModel
 
-FINGERPRINT_TOLERANCE = 1e-3  # relative; another machine's decomposition differs by rounding, another base by more
+FINGERPRINT_TOLERANCE = (
+    1e-3  # relative; another machine's decomposition differs by rounding, another base by more
+)
 
 
 @dataclass
@@ -59,7 +62,12 @@ class PrincipalConfig(AdapterConfig):
             check(alpha > 0.0, f"alpha_pattern[{pattern!r}]", alpha, "positive")
         check_choice("base_mode", self.base_mode, ("projected", "residual"))
         check(self.n_iter >= 0, "n_iter", self.n_iter, "at least 0")
-        check(self.oversample is None or self.oversample >= 0, "oversample", self.oversample, "None or at least 0")
+        check(
+            self.oversample is None or self.oversample >= 0,
+            "oversample",
+            self.oversample,
+            "None or at least 0",
+        )
 
     def scale_of(self, module: str) -> float:
         """Return alpha / r for one module path; 1 without an alpha."""
@@ -70,7 +78,7 @@ class PrincipalConfig(AdapterConfig):
 class PrincipalLinear(AdapterLinear):
     """Linear layer whose leading singular directions are replaced by trained factors.
 
-    A method names its frozen buffers (U, C), says how the factors start from a decomposition (`start`), and gives
+    A method names its frozen tensors (U, C), says how the factors start from a decomposition (`start`), and gives
     the trained part as factors (`trained_factors`).
     """
 
@@ -117,13 +125,16 @@ class PrincipalLinear(AdapterLinear):
                 where=self.module_name,
             )
             check(
-                self.quantization_backend is None and not hasattr(self.get_base_layer().weight, "full_tensor"),
+                self.quantization_backend is None
+                and not hasattr(self.get_base_layer().weight, "full_tensor"),
                 "base_mode",
                 "residual",
                 "'projected' on a quantized or sharded base: the residual would be rounded or misplaced",
                 where=self.module_name,
             )
         super().add_adapter(name, config)
+        if config.base_mode == "residual" and dist.awaits_broadcast():
+            self.residual_of = name  # the residual itself comes from rank 0
         if not config.save_basis:
             self._check_fingerprint(name, config)
 
@@ -151,7 +162,9 @@ class PrincipalLinear(AdapterLinear):
 
     def _check_fingerprint(self, name: str, config: PrincipalConfig) -> None:
         u, c = self.basis(name)
-        if self.awaits_values(name):  # loaded with low_cpu_mem_usage: the trained tensors follow, the basis does not
+        if self.awaits_values(
+            name
+        ):  # loaded with low_cpu_mem_usage: the trained tensors follow, the basis does not
             core = self.get_base_layer()
             check(
                 not core.weight.is_meta,
@@ -161,9 +174,9 @@ class PrincipalLinear(AdapterLinear):
                 where=self.module_name,
             )
             values = self.initial_values(config.rank_of(self.module_name), config, self.base_weight())
-            device = core.weight.device
-            for attribute in self.basis_names:
-                getattr(self, attribute)[name] = values[attribute].to(device)
+            for attribute in self.basis_names:  # past init_empty_weights, which would empty them again
+                value = values[attribute].to(core.weight.device)
+                getattr(self, attribute)._parameters[name] = nn.Parameter(value, requires_grad=False)
             u, c = self.basis(name)
         left = torch.randn(u.shape[0], generator=seeded(0, "left"), dtype=torch.float64)
         right = torch.randn(c.shape[1], generator=seeded(0, "right"), dtype=torch.float64)
@@ -223,7 +236,7 @@ class PrincipalLinear(AdapterLinear):
         if self.residual_of is None:
             return 0.0
         u, c = self.basis(self.residual_of)
-        return u.float() @ c.float()
+        return (u.float() @ c.float()).detach()
 
     def after_change(self) -> None:
         """Write the residual into the base, where an adapter asks for it and has not done so."""
@@ -236,7 +249,14 @@ class PrincipalLinear(AdapterLinear):
                 self._write_base(self._original, -1.0, *self.basis(name))
 
     def _write_base(self, weight: Tensor, sign: float, u: Tensor, c: Tensor) -> None:
-        change = u.float() @ c.float()
+        check(
+            not hasattr(weight, "full_tensor"),
+            "base weight",
+            "sharded",
+            "whole to be written",
+            where=self.module_name,
+        )
+        change = (u.float() @ c.float()).detach()
         new = weight.float() + sign * (change.T if self.is_conv1d else change)
         self.get_base_layer().weight.data = new.to(weight.dtype)
 
@@ -252,22 +272,24 @@ class PrincipalLinear(AdapterLinear):
         super().delete_adapter(adapter_name)
 
 
-def _remember_basis(module: nn.Module, *_: object) -> None:
+def _remember_basis(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     layer = cast(PrincipalLinear, module)
-    if layer.residual_of is not None:
+    # A state of the whole model brings the base as it was, residual and all (FSDP loads so).
+    whole = any(key.startswith(f"{prefix}base_layer.") for key in state_dict)
+    if layer.residual_of is not None and not whole:
         u, c = layer.basis(layer.residual_of)
-        layer._basis_before_load = (u.clone(), c.clone())
+        layer._basis_before_load = (u.detach().clone(), c.detach().clone())
 
 
 def _refresh_basis(module: nn.Module, _: object) -> None:
     """Rebuild the residual after a checkpoint has brought its own basis."""
     layer = cast(PrincipalLinear, module)
     before, layer._basis_before_load = layer._basis_before_load, None
-    if layer.residual_of is None or before is None:
+    if layer.residual_of is None:
         layer.after_change()
         return
     u, c = layer.basis(layer.residual_of)
-    if torch.equal(u, before[0]) and torch.equal(c, before[1]):
+    if before is None or (torch.equal(u, before[0]) and torch.equal(c, before[1])):
         return
     if layer._original is None:
         layer._write_base(layer.get_base_layer().weight.data, 1.0, *before)

@@ -92,7 +92,12 @@ def _from_model(
             state = {k: dist.full_tensor(v) for k, v in module.state_dict().items()}
             saved = module.adapter_state_dict(adapter_name, state)
             others.update({_PREFIX + path.removeprefix(_PREFIX) + f".{k}": v for k, v in saved.items()})
-    check(config is not None, "adapter_name", adapter_name, "the name of an adapter of this package on the model")
+    check(
+        config is not None,
+        "adapter_name",
+        adapter_name,
+        "the name of an adapter of this package on the model",
+    )
     return cast(AdapterConfig, config), layers, others
 
 
@@ -101,11 +106,13 @@ def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tenso
     check(path.is_file(), "adapter folder", str(folder), "a folder with an adapter_config.json")
     settings: dict[str, Any] = read_json(path)
     name = str(settings.get("peft_type", "")).lower()
-    check(name != "lora", "peft_type", "LORA", "another type than LoRA, which needs no export", where=str(path))
+    check(
+        name != "lora", "peft_type", "LORA", "another type than LoRA, which needs no export", where=str(path)
+    )
     config_class = cast(type[AdapterConfig], registry.get("adapter", name).config)
     config = config_class.from_pretrained(str(folder))
     layer_class = cast(type[AdapterLinear], registry.get("adapter", name).target)
-    wanted = {*layer_class.adapter_layer_names, *layer_class.adapter_buffer_names}
+    wanted = {*layer_class.adapter_layer_names, *layer_class.adapter_frozen_names}
 
     layers: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     others: dict[str, Tensor] = {}
@@ -115,7 +122,13 @@ def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tenso
             layers[module.removeprefix(_PREFIX)][attribute] = tensor.float()
         else:
             others[key] = tensor
-    check(bool(layers), "adapter_model.safetensors", sorted(others)[:3], f"one with {name} tensors", where=str(folder))
+    check(
+        bool(layers),
+        "adapter_model.safetensors",
+        sorted(others)[:3],
+        f"one with {name} tensors",
+        where=str(folder),
+    )
     for module, own in layers.items():
         missing = sorted(wanted - set(own))
         check(
@@ -157,5 +170,5 @@ def _card(config: AdapterConfig) -> str:
         f"---\nlibrary_name: peft\n{named}tags:\n- lora\n- hf_ext\n---\n\n"
         f"# LoRA export of a {config.method} adapter\n\n"
         "An ordinary PEFT LoRA checkpoint with the same weight update. It loads without hf_ext:\n\n"
-        "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, \"<this folder or repository>\")\n```\n"
+        '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "<this folder or repository>")\n```\n'
     )

@@ -8,7 +8,8 @@ R = mean over all factor matrices of ||A A^T - I||_F and ||B^T B - I||_F.
 Differs from the paper and its code:
 - The base stays untouched by default (see `_principal`); `base_mode="residual"` is the paper's form.
 - The decomposition runs in fp32; the code's cast to fp32 has no effect.
-- With an alpha, S starts at Sigma / s, so that the output starts at the base's; the code then starts elsewhere.
+- With an alpha, S starts at Sigma / s, so that what the base gives up is its leading part; the code takes s times
+  that part out, and its S s times as large, so that its "residual" is none.
 - ||M||_F is smoothed to sqrt(||M||_F^2 + eps^2) - eps. At the start M is rounding noise, and the gradient of the
   unsmoothed norm would turn that noise into a step of full length. `ortho_eps=0` is the paper's norm.
 - As in the code, gamma / (peak learning rate) times the gradient of R is added after clipping and goes through the
@@ -92,7 +93,7 @@ class SorsaLinear(PrincipalLinear):
     """
 
     adapter_layer_names = ("sorsa_A", "sorsa_S", "sorsa_B")
-    adapter_buffer_names = ("sorsa_U", "sorsa_C")
+    adapter_frozen_names = ("sorsa_U", "sorsa_C")
     basis_names = ("sorsa_U", "sorsa_C")
 
     def __init__(self, base_layer: nn.Module, module_name: str, **quantization: Any) -> None:
@@ -200,7 +201,9 @@ def _penalty_gradients(layers: list[nn.Module], group_of: GroupOf) -> Iterator[t
         if config.gamma == 0.0:
             continue
         whole = [full_tensor(factor.detach()) for factor, _ in matrices]
-        _, gradients = orthonormality_gradients(whole, [rows for _, rows in matrices], config.ortho_eps, config.ortho_form)
+        _, gradients = orthonormality_gradients(
+            whole, [rows for _, rows in matrices], config.ortho_eps, config.ortho_form
+        )
         for (factor, _), gradient in zip(matrices, gradients, strict=True):
             group = group_of(factor)
             assert group is not None
@@ -213,7 +216,9 @@ def _penalty_gradients(layers: list[nn.Module], group_of: GroupOf) -> Iterator[t
 def _warn_of_decay(group: dict[str, Any]) -> None:
     if group.get("weight_decay", 0.0) and not group.get("_sorsa_warned"):
         group["_sorsa_warned"] = True
-        warnings.warn("weight_decay pulls SORSA's factors away from orthonormality; set it to 0 for them", stacklevel=2)
+        warnings.warn(
+            "weight_decay pulls SORSA's factors away from orthonormality; set it to 0 for them", stacklevel=2
+        )
 
 
 ORTHONORMALITY = GradTerm(_penalty_gradients, title="SORSA's gamma")

@@ -39,7 +39,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def refuse_unknown(field: str, name: str, known: Iterable[str]) -> NoReturn:
     """Raise the ValueError for a name that is not among the known ones, with close matches."""
     known = sorted(known)
-    raise ValueError(f"{field} {name!r} is unknown{suggest(name, known)} Known: {', '.join(known) or 'none'}.")
+    raise ValueError(
+        f"{field} {name!r} is unknown{suggest(name, known)} Known: {', '.join(known) or 'none'}."
+    )
 
 
 def check_choice(field: str, value: object, choices: Iterable[str]) -> None:
@@ -133,5 +135,7 @@ def check_fields(
         checked[name] = from_text(value, hints[name])
         if not _fits(checked[name], hints[name]):
             spelled = _spell(hints[name])
-            raise TypeError(f"{where}: {prefix}{name} must be {spelled}, got {type(value).__name__} {value!r}")
+            raise TypeError(
+                f"{where}: {prefix}{name} must be {spelled}, got {type(value).__name__} {value!r}"
+            )
     return checked

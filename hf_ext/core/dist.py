@@ -86,7 +86,12 @@ def awaits_broadcast() -> bool:
 def is_tensor_parallel(tensor: Tensor) -> bool:
     """Return whether a tensor is sharded over a mesh dimension that is not FSDP's."""
     mesh = getattr(tensor, "device_mesh", None)
-    return mesh is not None and not set(mesh.mesh_dim_names or ()) <= {"fsdp", "dp", "dp_shard", "dp_replicate"}
+    return mesh is not None and not set(mesh.mesh_dim_names or ()) <= {
+        "fsdp",
+        "dp",
+        "dp_shard",
+        "dp_replicate",
+    }
 
 
 def same_on_all_ranks(tensor: Tensor) -> bool:

@@ -79,7 +79,9 @@ class GradTerm:
         self, modules: list[nn.Module], optimizer: Optimizer, groups: dict[int, ParamGroup]
     ) -> None:
         # An engine that steps flat copies of the parameters would leave the term out without a word.
-        flat = any(getattr(p, "_is_flat_param", False) for group in optimizer.param_groups for p in group["params"])
+        flat = any(
+            getattr(p, "_is_flat_param", False) for group in optimizer.param_groups for p in group["params"]
+        )
         for module in modules:
             for parameter in module.parameters():
                 if not parameter.requires_grad or id(parameter) in groups or _has_terms(parameter):

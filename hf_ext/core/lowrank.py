@@ -86,7 +86,9 @@ def truncated_svd(
     return TruncatedSVD((u * sign).contiguous(), s.contiguous(), (vh * sign.T).contiguous())
 
 
-def _krylov(matrix: Tensor, block: int, n_iter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _krylov(
+    matrix: Tensor, block: int, n_iter: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q  # (m, block)
     newest = basis
@@ -110,7 +112,9 @@ def _krylov(matrix: Tensor, block: int, n_iter: int, generator: torch.Generator)
     return basis @ left, s, right @ q.T
 
 
-def recompress(b: Tensor, a: Tensor, *, rank: int | None = None, tol: float = 1e-6) -> tuple[Tensor, Tensor, float]:
+def recompress(
+    b: Tensor, a: Tensor, *, rank: int | None = None, tol: float = 1e-6
+) -> tuple[Tensor, Tensor, float]:
     """Return the smallest factors of the product b @ a, and the share of its energy that was dropped.
 
     Args:

@@ -12,7 +12,10 @@ from .files import read_json, read_tensors, write_json, write_tensors
 
 
 def save_state(
-    folder: str | Path, name: str, scalars: Mapping[str, object], tensors: Mapping[str, torch.Tensor] | None = None
+    folder: str | Path,
+    name: str,
+    scalars: Mapping[str, object],
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write one part's state as `<name>.json` and, where there are tensors, `<name>.safetensors`.
 
@@ -52,7 +55,9 @@ def load_state(folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str,
     tensors = read_tensors(path.with_suffix(".safetensors")) if content["tensors"] else {}
     if sorted(tensors) != content["tensors"]:
         differing = sorted(set(tensors) ^ set(content["tensors"]))
-        raise ValueError(f"{path.with_suffix('.safetensors')} does not match {path.name}: {', '.join(differing)}")
+        raise ValueError(
+            f"{path.with_suffix('.safetensors')} does not match {path.name}: {', '.join(differing)}"
+        )
     return content["scalars"], tensors
 
 

@@ -152,7 +152,10 @@ def test_training_follows_the_reference(alpha: float | None, base_mode: str) -> 
     for name, own in (("sorsa_A", reference.a), ("sorsa_S", reference.sigma), ("sorsa_B", reference.b)):
         own.data.copy_(getattr(layer, name)["default"].data)
     assert scale == reference.s
-    torch.testing.assert_close(layer.sorsa_B["default"] @ layer.sorsa_S["default"].diag() * scale, layer.sorsa_U["default"] @ (layer.sorsa_S["default"] * scale).diag())
+    torch.testing.assert_close(
+        layer.sorsa_B["default"] @ layer.sorsa_S["default"].diag() * scale,
+        layer.sorsa_U["default"] @ (layer.sorsa_S["default"] * scale).diag(),
+    )
     optimizers = [
         torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0),
         torch.optim.AdamW([reference.a, reference.sigma, reference.b], lr=lr, weight_decay=0.0),
@@ -278,7 +281,9 @@ def test_mean_is_over_the_matrices_of_one_adapter(tiny_llama: Any) -> None:
     _, (gradient,) = orthonormality_gradients([a], [True], 1e-4)
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
     optimizer.step()  # no task gradient at all
-    torch.testing.assert_close(a - layer.sorsa_A["default"].detach(), 0.1 / 4 * gradient)  # two layers, four matrices
+    torch.testing.assert_close(
+        a - layer.sorsa_A["default"].detach(), 0.1 / 4 * gradient
+    )  # two layers, four matrices
 
 
 def test_copied_and_unpickled_models_carry_the_penalty() -> None:
@@ -322,7 +327,9 @@ def test_penalty_keeps_factors_nearer_to_orthonormal(tiny_llama: Any) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_trainer_applies_the_penalty_after_clipping(accumulation: int, tiny_llama: Any, tmp_path: Path) -> None:
+def test_trainer_applies_the_penalty_after_clipping(
+    accumulation: int, tiny_llama: Any, tmp_path: Path
+) -> None:
     from datasets import Dataset
 
     adapted = get_peft_model(tiny_llama(), SorsaConfig(r=4, gamma=0.1, target_modules=["q_proj"]))
@@ -363,7 +370,9 @@ def test_residual_and_projected_agree_after_training(tiny_llama: Any) -> None:
 
 
 def residual_model(model: nn.Module, **settings: Any) -> PeftModel:
-    return get_peft_model(model, SorsaConfig(r=8, base_mode="residual", target_modules="all-linear", **settings))
+    return get_peft_model(
+        model, SorsaConfig(r=8, base_mode="residual", target_modules="all-linear", **settings)
+    )
 
 
 def test_residual_is_written_into_the_base(tiny_llama: Any) -> None:
@@ -443,6 +452,16 @@ def test_residual_of_another_decomposition_is_rebuilt_at_load(tiny_llama: Any, t
     torch.testing.assert_close(logits(used), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_residual_state_of_the_whole_model_is_taken_as_it_is(tiny_llama: Any) -> None:
+    adapted = residual_model(tiny_llama(), seed=9, n_iter=0, oversample=0)
+    steps(adapted, 3)
+    other = residual_model(tiny_llama(seed=4))
+    other.load_state_dict(adapted.state_dict())
+    assert torch.equal(logits(other), logits(adapted))
+    with other.disable_adapter():
+        torch.testing.assert_close(logits(other), logits(tiny_llama()), atol=1e-5, rtol=1e-5)
+
+
 def test_residual_merge_and_export(tiny_llama: Any, tmp_path: Path) -> None:
     adapted = residual_model(tiny_llama())
     steps(adapted, 3)
@@ -464,7 +483,9 @@ def test_save_without_basis(base_mode: str, low_cpu_mem_usage: bool, tiny_llama:
     adapted = get_peft_model(tiny_llama(), config)
     steps(adapted, 3)
     adapted.save_pretrained(tmp_path)
-    assert not any("sorsa_U" in key or "sorsa_C" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert not any(
+        "sorsa_U" in key or "sorsa_C" in key for key in load_file(tmp_path / "adapter_model.safetensors")
+    )
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     torch.testing.assert_close(logits(loaded), logits(adapted), atol=1e-6, rtol=1e-6)
     with pytest.raises(ValueError, match=r"basis_fingerprint.*not the base model"):

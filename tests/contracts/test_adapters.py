@@ -33,7 +33,9 @@ IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
 
 def settings(info: MethodInfo, **overrides: Any) -> Any:
     assert info.config is not None
-    return info.config(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **info.test_kwargs, **overrides})
+    return info.config(
+        **{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **info.test_kwargs, **overrides}
+    )
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -197,7 +199,9 @@ def test_save_and_load(info: MethodInfo, low_cpu_mem_usage: bool, tiny_llama: An
 
 
 @pytest.mark.parametrize("info", ADAPTERS)
-def test_loaded_adapter_trains_on_as_the_original_does(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> None:
+def test_loaded_adapter_trains_on_as_the_original_does(
+    info: MethodInfo, tiny_llama: Any, tmp_path: Path
+) -> None:
     adapted = trained(info, tiny_llama())
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
@@ -222,7 +226,9 @@ model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "adapter")!r}).
 with torch.no_grad():
     assert torch.equal(model(input_ids=known["ids"]).logits, known["logits"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -308,7 +314,8 @@ def test_several_adapters(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> 
     adapted.base_model.set_adapter(["default", "second"])
     both = logits(adapted)
     update = {
-        layer.module_name: layer.delta_weight("default") + layer.delta_weight("second") for layer in layers_of(adapted)
+        layer.module_name: layer.delta_weight("default") + layer.delta_weight("second")
+        for layer in layers_of(adapted)
     }
     summed = tiny_llama()
     for name, delta in update.items():
@@ -420,7 +427,9 @@ def test_delta_weight_is_what_forward_adds(info: MethodInfo, tiny_llama: Any) ->
 
 
 @pytest.mark.parametrize("info", EXPORTS)
-def test_export_loads_in_a_process_without_this_package(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> None:
+def test_export_loads_in_a_process_without_this_package(
+    info: MethodInfo, tiny_llama: Any, tmp_path: Path
+) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     adapted = trained(
         info,
@@ -448,7 +457,9 @@ for folder in ("from_model", "from_folder"):
         difference = (model(input_ids=known["ids"]).logits - known["logits"]).abs().max().item()
     assert difference <= 1e-5, (folder, difference)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -541,7 +552,9 @@ def test_half_precision_base(info: MethodInfo, dtype: torch.dtype, tiny_llama: A
     assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
     start = logits(adapted)
     assert start.dtype == dtype
-    if "starts_at_base" in info.supports:  # the fp32 tensors cancel; what remains is the base dtype's rounding
+    if (
+        "starts_at_base" in info.supports
+    ):  # the fp32 tensors cancel; what remains is the base dtype's rounding
         torch.testing.assert_close(start, logits(tiny_llama(dtype=dtype)), atol=2e-2, rtol=2e-2)
         for layer in layers_of(adapted):
             assert layer.delta_weight("default").abs().max() < 1e-5
@@ -564,10 +577,14 @@ def test_autocast(info: MethodInfo, tiny_llama: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = adapted(input_ids=IDS, labels=IDS).loss
         layer = layers_of(adapted)[0]
-        assert layer(torch.ones(1, layer.in_features)).dtype == torch.bfloat16  # what a plain linear layer returns
+        assert (
+            layer(torch.ones(1, layer.in_features)).dtype == torch.bfloat16
+        )  # what a plain linear layer returns
         rough = logits(adapted)
     loss.backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in adapted.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() for p in adapted.parameters() if p.requires_grad
+    )
     torch.testing.assert_close(rough.float(), exact, atol=5e-2, rtol=5e-2)
 
 
@@ -614,7 +631,13 @@ def test_trainer(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> None:
     data = Dataset.from_dict({"input_ids": IDS.repeat(3, 1).tolist(), "labels": IDS.repeat(3, 1).tolist()})
     adapted = get_peft_model(tiny_llama(), settings(info))
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, use_cpu=True, report_to="none", learning_rate=1e-2, logging_steps=1, save_steps=3
+        str(tmp_path),
+        max_steps=3,
+        use_cpu=True,
+        report_to="none",
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=3,
     )
     trainer = Trainer(adapted, arguments, train_dataset=data)
     trainer.train()
@@ -677,7 +700,9 @@ def test_unsupported_and_tied_layers_are_named(info: MethodInfo, tiny_llama: Any
     with pytest.raises(TypeError, match=r"model\.embed_tokens.*Embedding"):
         get_peft_model(tiny_llama(), settings(info, target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match=r"lm_head.*tie_word_embeddings"):
-        get_peft_model(tiny_llama(tie_word_embeddings=True), settings(info, target_modules=["q_proj", "lm_head"]))
+        get_peft_model(
+            tiny_llama(tie_word_embeddings=True), settings(info, target_modules=["q_proj", "lm_head"])
+        )
 
 
 @pytest.mark.parametrize("info", ADAPTERS)

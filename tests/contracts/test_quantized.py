@@ -37,7 +37,9 @@ def bitsandbytes_8bit(model: nn.Module) -> Any:
 
     def build(linear: nn.Linear) -> nn.Module:
         new = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-        new.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(
+            linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False
+        )
         return new.to("cpu")
 
     return swap_linears(model, build)
@@ -61,7 +63,11 @@ def torchao_int8(model: Any) -> Any:
     from transformers import TorchAoConfig
 
     config = TorchAoConfig(Int8WeightOnlyConfig())
-    quantize_(model, config.get_apply_tensor_subclass(), filter_fn=lambda m, n: type(m) is nn.Linear and n != "lm_head")
+    quantize_(
+        model,
+        config.get_apply_tensor_subclass(),
+        filter_fn=lambda m, n: type(m) is nn.Linear and n != "lm_head",
+    )
 
     class Quantizer:
         quantization_config = config
@@ -93,7 +99,9 @@ def logits(model: nn.Module) -> Tensor:
 
 def settings(info: MethodInfo, **overrides: Any) -> Any:
     assert info.config is not None
-    return info.config(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **info.test_kwargs, **overrides})
+    return info.config(
+        **{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **info.test_kwargs, **overrides}
+    )
 
 
 def layers_of(model: nn.Module) -> list[AdapterLinear]:
@@ -102,7 +110,9 @@ def layers_of(model: nn.Module) -> list[AdapterLinear]:
 
 @pytest.mark.parametrize("info", QUANTIZED)
 @pytest.mark.parametrize("quantize", BACKENDS)
-def test_quantized_base(info: MethodInfo, quantize: Callable[[Any], Any], tiny_llama: Any, tmp_path: Path) -> None:
+def test_quantized_base(
+    info: MethodInfo, quantize: Callable[[Any], Any], tiny_llama: Any, tmp_path: Path
+) -> None:
     base = logits(quantize(tiny_llama(hidden_size=128)))
     choice = [
         f"{projection}_proj" for projection in ("q", "k", "v", "o", "gate", "up", "down")
@@ -114,7 +124,9 @@ def test_quantized_base(info: MethodInfo, quantize: Callable[[Any], Any], tiny_l
         torch.testing.assert_close(logits(adapted), base, atol=1e-5, rtol=1e-4)
 
     adapted.train()
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     losses = []
     for _ in range(4):
         loss = adapted(input_ids=IDS, labels=IDS).loss
@@ -186,4 +198,6 @@ def test_mode_that_writes_the_base_is_refused(
     if "base_mode" not in {f for f in info.config.__dataclass_fields__}:
         return
     with pytest.raises(ValueError, match=r"base_mode must be 'projected' on a quantized"):
-        get_peft_model(quantize(tiny_llama()), settings(info, target_modules=["q_proj"], base_mode="residual"))
+        get_peft_model(
+            quantize(tiny_llama()), settings(info, target_modules=["q_proj"], base_mode="residual")
+        )

@@ -61,7 +61,9 @@ def train(model: nn.Module, ids: Tensor, module: nn.Module | None = None) -> Non
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's whole tensors."""
-    return {k: full_tensor(v.detach()).clone().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    return {
+        k: full_tensor(v.detach()).clone().contiguous() for k, v in get_peft_model_state_dict(model).items()
+    }
 
 
 def main() -> None:

@@ -26,7 +26,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapters")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_port", str(get_torch_dist_unique_port()), "-m", "tests.distributed.adapters_worker", str(out)),
+        *(
+            "--master_port",
+            str(get_torch_dist_unique_port()),
+            "-m",
+            "tests.distributed.adapters_worker",
+            str(out),
+        ),
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -58,12 +64,16 @@ def test_two_processes_equal_one(case: str, stage: str, outputs: Path) -> None:
     assert any(not torch.equal(before[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize("case", [c for c, (info, _) in worker.cases().items() if "lora_export" in info.supports])
+@pytest.mark.parametrize(
+    "case", [c for c, (info, _) in worker.cases().items() if "lora_export" in info.supports]
+)
 def test_export_from_shards(case: str, outputs: Path) -> None:
     alone = worker.adapted(*worker.cases()[case])
     worker.train(alone, worker.BATCH)
     exported = PeftModel.from_pretrained(build_tiny_llama(), outputs / f"{case}-fsdp2-lora")
     with torch.no_grad():
         alone.eval()
-        difference = (exported(input_ids=worker.BATCH).logits - alone(input_ids=worker.BATCH).logits).abs().max()
+        difference = (
+            (exported(input_ids=worker.BATCH).logits - alone(input_ids=worker.BATCH).logits).abs().max()
+        )
     assert difference < 1e-4
