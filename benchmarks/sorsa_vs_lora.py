@@ -2,10 +2,11 @@
 
 Run: python benchmarks/sorsa_vs_lora.py [--steps 200] [--seeds 3] [--out docs/assets/sorsa_vs_lora]
 
-Task: source -> docstring of Python's standard library (`hf_ext.data.load_docstrings`). Each method's learning rate
-is chosen from one stated grid by the loss on the validation split; the losses reported are those of the test split,
-whose modules neither the base model nor any run has seen. Both methods see the same batches in the same order. A run
-that is already in the JSON file is not repeated, so the script continues where it was stopped.
+Task: source -> docstring of Python's standard library (`hf_ext.data.load_docstrings`). Each method's learning
+rate is chosen from one stated grid by the loss on the validation split; the losses reported are those of the
+test split, whose modules neither the base model nor any run has seen. Both methods see the same batches in
+the same order. A run that is already in the JSON file is not repeated, so the script continues where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -183,14 +184,13 @@ def main() -> None:
             name = f"{method}, lr {rate:g}" + (" (tuned)" if label == "tuned" else "")
             curves[name] = [once("test", method, rate, seed, rows["test"]) for seed in range(options.seeds)]
     lines = [
-        f"| method | test loss after {options.steps} steps (mean of {options.seeds} seeds) | range | at step 0 |",
+        f"| method | test loss after {options.steps} steps, mean of {options.seeds} seeds | range | start |",
         "|---|---|---|---|",
     ]
     for name, runs in curves.items():
         ends = [r["curve"][str(options.steps)] for r in runs]
-        lines.append(
-            f"| {name} | {statistics.mean(ends):.4f} | {min(ends):.4f} to {max(ends):.4f} | {runs[0]['curve']['0']:.4f} |"
-        )
+        start, mean = runs[0]["curve"]["0"], statistics.mean(ends)
+        lines.append(f"| {name} | {mean:.4f} | {min(ends):.4f} to {max(ends):.4f} | {start:.4f} |")
     write_bytes(options.out.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
     plot(options.out.with_suffix(".png"), curves, options.steps)
     print("\n".join(lines))

@@ -2,8 +2,8 @@
 
 Run: python benchmarks/start_up.py [--runs 7] [--out FILE]
 
-Each figure is a process of its own; the two imports take turns, and the added time is the median of the paired
-differences.
+Each figure is a process of its own; the two imports take turns, and the added time is the median of the
+paired differences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training step of SORSA against PEFT LoRA at equal rank: time as a ratio step by step, memory as a ratio of peaks.
+"""Training step of SORSA against PEFT LoRA at equal rank, in time and in peak memory, as ratios.
 
 Run: python benchmarks/training_step.py [--model tiny-llama|llama-100m] [--rounds 30] [--out FILE]
 

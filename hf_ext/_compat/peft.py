@@ -56,8 +56,8 @@ in_out_features = _get_in_out_features
 def extend_enum(enum: type[Enum], name: str, value: str) -> Enum:
     """Add a member to a closed `str` enum, or return the member that already has the value.
 
-    Upstream validates against these enums and offers no way to extend them; afterwards the new member looks up,
-    iterates, copies and pickles as a native one does (Python 3.10 to 3.13).
+    Upstream validates against these enums and offers no way to extend them; afterwards the new member looks
+    up, iterates, copies and pickles as a native one does (Python 3.10 to 3.13).
     """
     members: dict[Any, Any] = enum._value2member_map_
     if value in members:
@@ -87,7 +87,7 @@ def add_peft_type(name: str, config: type[PeftConfig], model: type[BaseTuner]) -
 
 @dataclass
 class ModuleSnapshot:
-    """A quantized base layer as it was before a merge, so that unmerging is exact instead of a second rounding."""
+    """A quantized base layer as it was before a merge: unmerging is then exact, not a second rounding."""
 
     module: nn.Module
     parameters: dict[str, Any]

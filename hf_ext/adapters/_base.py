@@ -1,7 +1,8 @@
-"""Everything of an adapter that is not the method's own maths: settings, injection, forward, merging, loading.
+"""Everything of an adapter but the method's own maths: settings, injection, forward, merging, loading.
 
-A method supplies a config (its fields and `validate`), a layer with `shapes`, `initial_values`, `forward_delta`
-and, where the update has low rank, `factors`; `register_adapter` makes the PEFT tuner and registers both.
+A method supplies a config (its fields and `validate`), a layer with `shapes`, `initial_values`,
+`forward_delta` and, where the update has low rank, `factors`; `register_adapter` makes the PEFT tuner and
+registers both.
 """
 
 from __future__ import annotations
@@ -52,16 +53,17 @@ class AdapterConfig(PeftConfig):
 
     Args:
         r: Rank of the update, at least 1 and at most the smaller side of every target layer.
-        dropout: Probability with which entries of the layer's input are dropped on the adapter's path, in [0, 1).
-        target_modules: Names (or name endings) of the layers to adapt, a regular expression, or "all-linear"; None
-            for PEFT's choice for the architecture.
+        dropout: Probability with which entries of the layer's input are dropped on the adapter's path, in [0,
+            1).
+        target_modules: Names (or name endings) of the layers to adapt, a regular expression, or "all-linear";
+            None for PEFT's choice for the architecture.
         exclude_modules: Names (or name endings), or a regular expression, of layers to leave alone.
         modules_to_save: Further modules to train in full and save with the adapter.
         layers_to_transform: Indices of the blocks to adapt; needs target_modules to be a list.
         layers_pattern: Name of the block list, where it is not a common one such as "layers" or "h".
         rank_pattern: Rank by module name or regular expression, where it differs from r.
-        init_weights: True for the method's start; False for a random one that changes the output from the first
-            step, for debugging.
+        init_weights: True for the method's start; False for a random one that changes the output from the
+            first step, for debugging.
         seed: Seed of everything random at the start; global seeds have no effect on it.
 
     Raises:
@@ -117,8 +119,8 @@ class AdapterConfig(PeftConfig):
 
     @staticmethod
     def value_for(module: str, pattern: Mapping[str, T], default: T) -> T:
-        """Return the value of the pattern that a module path matches, as PEFT matches them, or the default."""
-        return pattern.get(get_pattern_key(pattern.keys(), module), default)
+        """Return the value of the pattern that matches a module path, by PEFT's rules, or the default."""
+        return pattern.get(get_pattern_key(list(pattern), module), default)
 
     def scale_of(self, module: str) -> float:
         """Return the factor of the update for one module path; a method with an alpha overrides this."""
@@ -128,8 +130,8 @@ class AdapterConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         """Read the settings; a local folder's weight file is first checked to be whole.
 
-        PEFT reads the config before anything else of a checkpoint, so a truncated file is refused here, by name,
-        before a model is touched.
+        PEFT reads the config before anything else of a checkpoint, so a truncated file is refused here, by
+        name, before a model is touched.
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", _WEIGHTS)
         if weights.is_file():
@@ -140,11 +142,11 @@ class AdapterConfig(PeftConfig):
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear, Conv1D or a quantized one) with named adapters beside it.
 
-    All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s keyed by
-    adapter name: `adapter_layer_names` are trained, `adapter_frozen_names` are not and are saved all the same.
-    (Frozen parameters and not buffers: FSDP2 shards them, and Accelerate's loading from rank 0 broadcasts
-    parameters only.) Weights are in (out_features, in_features) layout throughout; Conv1D is transposed at the
-    border.
+    All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s
+    keyed by adapter name: `adapter_layer_names` are trained, `adapter_frozen_names` are not and are saved all
+    the same. (Frozen parameters and not buffers: FSDP2 shards them, and Accelerate's loading from rank 0
+    broadcasts parameters only.) Weights are in (out_features, in_features) layout throughout; Conv1D is
+    transposed at the border.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -192,7 +194,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _is_quantized_linear(self) -> bool:
         return self.quantization_backend is not None and self.quantization_backend.layer_type == "linear"
 
-    # What a method supplies -------------------------------------------------------------------------------
+    # What a method supplies ------------------------------------------------------------------------
 
     @abstractmethod
     def shapes(self, r: int, config: Any) -> dict[str, tuple[int, ...]]:
@@ -209,7 +211,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """
 
     def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
-        """Return a start that changes the output (`init_weights=False`): normal, 1 / sqrt(size of the last axis)."""
+        """Return a start that changes the output: normal, standard deviation 1 / sqrt(last axis)."""
         generator = seeded(config.seed, self.module_name)
         return {
             name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5
@@ -218,7 +220,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     @classmethod
     def factors(cls, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor] | None:
-        """Return B (out_features, k) and A (k, in_features) with the weight update B @ A, exactly; None if it has no low rank.
+        """Return B (out_features, k) and A (k, in_features) of the update B @ A; None if it has no low rank.
 
         Args:
             tensors: One adapter's tensors of one layer, by attribute name, fp32.
@@ -248,7 +250,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def after_change(self) -> None:
         """Bring what is derived from adapter tensors up to date after they were set or loaded."""
 
-    # Life of an adapter ------------------------------------------------------------------------------------
+    # Life of an adapter ----------------------------------------------------------------------------
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Create one adapter's tensors, with their starting values unless they are on the meta device.
@@ -302,8 +304,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # Upstream also casts to the base's dtype. A start computed in fp32 would be rounded to bf16 by that, tensor
-        # by tensor, and no longer cancel.
+        # Upstream also casts to the base's dtype. A start computed in fp32 would be rounded to bf16 by that,
+        # tensor by tensor, and no longer cancel.
         target = device if device is not None else self._base_device()
         for attribute in self.tensor_names:
             container = getattr(self, attribute)
@@ -320,7 +322,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Remove one adapter; the last one to go leaves the layer a plain base layer."""
         super().delete_adapter(adapter_name)
 
-    # Base weight ---------------------------------------------------------------------------------------------
+    # Base weight
+    #  ----------------------------------------------------------------------------------------------
 
     def base_weight(self) -> Tensor:
         """Return the stored base weight, dequantized and gathered, fp32, (out_features, in_features).
@@ -339,7 +342,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 ) from error
             return (whole.T if self.is_conv1d else whole).detach().float()
 
-    # Merging ---------------------------------------------------------------------------------------------------
+    def base_parameter(self) -> Tensor:
+        """Return the weight of an unquantized base layer, in its own layout and dtype."""
+        return cast(Tensor, self.get_base_layer().weight)
+
+    # Merging
+    #  ----------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update in the base layer's own layout, as PEFT's LoRA conversion asks for it."""
@@ -351,14 +359,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         return self.factors(self.adapter_tensors(adapter_name), 1.0) is not None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the base weight; the original is kept, so that `unmerge` restores its very bits.
+        """Write adapters into the base weight; the original is kept, so that `unmerge` restores its bits.
 
         Args:
             safe_merge: Whether to check the result for NaN and infinity before it replaces anything.
             adapter_names: Adapters to merge; None for the active ones.
 
         Raises:
-            ValueError: The result is not finite (safe_merge), or the base is of a kind that cannot be written.
+            ValueError: The result is not finite (safe_merge), or the base is of a kind that cannot be
+            written.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
         if not names:
@@ -368,8 +377,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.module_name}: a {backend.backend_name} base cannot be merged into")
         if hasattr(getattr(self.get_base_layer(), "weight", None), "full_tensor"):
             raise ValueError(
-                f"{self.module_name}: a sharded base cannot be merged into; save the adapter, or export it to LoRA, "
-                "and merge it into a model that is loaded whole"
+                f"{self.module_name}: a sharded base cannot be merged into; save the adapter, or export it "
+                "to LoRA, and merge it into a model that is loaded whole"
             )
         snapshot = self._before_merge if self._before_merge is not None else self._snapshot()
         self._restore(snapshot)
@@ -402,13 +411,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def _snapshot(self) -> ModuleSnapshot | Tensor:
         core = self.get_base_layer()
-        return core.weight.data if self.quantization_backend is None else ModuleSnapshot.take(core)
+        return self.base_parameter().data if self.quantization_backend is None else ModuleSnapshot.take(core)
 
     def _restore(self, snapshot: ModuleSnapshot | Tensor) -> None:
         if isinstance(snapshot, ModuleSnapshot):
             snapshot.restore(self)
         else:
-            self.get_base_layer().weight.data = snapshot.to(self.get_base_layer().weight.device)
+            self.base_parameter().data = snapshot.to(self.base_parameter().device)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -423,7 +432,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 self.delete_adapter(name)
         return self.get_base_layer()
 
-    # Forward -----------------------------------------------------------------------------------------------------
+    # Forward
+    #  ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus that of the active adapters, in the base output's dtype."""
@@ -474,7 +484,7 @@ class AdapterModel(BaseTuner):
     """PEFT tuner of every adapter here; `register_adapter` makes one subclass for each method."""
 
     prefix: str
-    tuner_layer_cls: type[AdapterLinear]
+    tuner_layer_cls: type[AdapterLinear]  # pyright: ignore[reportIncompatibleVariableOverride]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -492,7 +502,8 @@ class AdapterModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
-        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems to be another adapter's.
+        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems to be another
+        # adapter's.
         name = next(name for name, known in self.peft_config.items() if known is config)
         layer = self.tuner_layer_cls
         parts = {part for key in self.model.state_dict() for part in key.split(".")}
@@ -501,9 +512,9 @@ class AdapterModel(BaseTuner):
         check(name not in parts, "adapter_name", name, "different from every part of a module path")
         check(name not in self.prefix, "adapter_name", name, f"no part of the prefix {self.prefix!r}")
 
-    def _create_and_replace(
+    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        peft_config: AdapterConfig,  # pyright: ignore[reportIncompatibleMethodOverride]
+        peft_config: AdapterConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,

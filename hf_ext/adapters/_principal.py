@@ -4,11 +4,11 @@ Source: Meng et al. 2024, "PiSSA", arXiv 2404.02948, eq. 2-5. With W0 the base w
 leading left singular vectors and C = U^T W0, the layer computes (W0 - U C) x + f(x), where f starts as U C.
 
 Differs from the paper and from PEFT's PiSSA:
-- The base weight is not written (`base_mode="projected"`): U and C are frozen tensors, and -U C x is part of the
-  adapter's output. So disabling the adapter gives the base model, several adapters compose, quantized bases work,
-  and the update f - U C needs nothing but the checkpoint to be exported. `base_mode="residual"` writes W0 - U C
-  into the base, as the paper does, for LoRA's speed; what the adapter has taken out is then added back wherever
-  the adapter is not active.
+- The base weight is not written (`base_mode="projected"`): U and C are frozen tensors, and -U C x is part of
+  the adapter's output. So disabling the adapter gives the base model, several adapters compose, quantized
+  bases work, and the update f - U C needs nothing but the checkpoint to be exported. `base_mode="residual"`
+  writes W0 - U C into the base, as the paper does, for LoRA's speed; what the adapter has taken out is then
+  added back wherever the adapter is not active.
 - U and C travel with the checkpoint, so that loading never repeats a decomposition, which is not reproducible
   across machines. `save_basis=False` leaves them out, repeats it and checks the outcome.
 """
@@ -78,8 +78,8 @@ class PrincipalConfig(AdapterConfig):
 class PrincipalLinear(AdapterLinear):
     """Linear layer whose leading singular directions are replaced by trained factors.
 
-    A method names its frozen tensors (U, C), says how the factors start from a decomposition (`start`), and gives
-    the trained part as factors (`trained_factors`).
+    A method names its frozen tensors (U, C), says how the factors start from a decomposition (`start`), and
+    gives the trained part as factors (`trained_factors`).
     """
 
     needs_base_at_init: ClassVar[bool] = True
@@ -90,12 +90,13 @@ class PrincipalLinear(AdapterLinear):
         # Name of the adapter whose U C is missing from the stored base weight.
         self.residual_of: str | None = None
         self._basis_before_load: tuple[Tensor, Tensor] | None = None
-        # Kept until the first forward, so that a checkpoint loaded right after injection starts from exact weights.
-        self._original: Tensor | None = None
+        # Kept until the first forward, so that a checkpoint loaded right after injection starts from exact
+        # weights.
+        self._original: Any = None
         self.register_load_state_dict_pre_hook(_remember_basis)
         self.register_load_state_dict_post_hook(_refresh_basis)
 
-    # What a method supplies --------------------------------------------------------------------------------
+    # What a method supplies ------------------------------------------------------------------------
 
     def start(self, svd: TruncatedSVD, scale: float) -> dict[str, Tensor]:
         """Return the trained tensors with scale * (their product) = u diag(s) vh."""
@@ -106,13 +107,15 @@ class PrincipalLinear(AdapterLinear):
         """Return B (out_features, r) and A (r, in_features) of the trained part, scale included."""
         raise NotImplementedError
 
-    # Start ---------------------------------------------------------------------------------------------------
+    # Start
+    #  ----------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Create one adapter's tensors.
 
         Raises:
-            ValueError: The settings do not fit, the base weight is not finite, or a second adapter asks for the
+            ValueError: The settings do not fit, the base weight is not finite, or a second adapter asks for
+            the
                 residual mode.
         """
         config = cast(PrincipalConfig, config)
@@ -125,8 +128,7 @@ class PrincipalLinear(AdapterLinear):
                 where=self.module_name,
             )
             check(
-                self.quantization_backend is None
-                and not hasattr(self.get_base_layer().weight, "full_tensor"),
+                self.quantization_backend is None and not hasattr(self.base_parameter(), "full_tensor"),
                 "base_mode",
                 "residual",
                 "'projected' on a quantized or sharded base: the residual would be rounded or misplaced",
@@ -152,7 +154,8 @@ class PrincipalLinear(AdapterLinear):
         )
         u, c = self.basis_names
         values = self.start(svd, config.scale_of(self.module_name))
-        # u^T W0 = diag(s) vh holds whatever the quality of the decomposition, so the start cancels to rounding.
+        # u^T W0 = diag(s) vh holds whatever the quality of the decomposition, so the start cancels to
+        # rounding.
         return {**values, u: svd.u, c: svd.s[:, None] * svd.vh}
 
     def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
@@ -165,9 +168,8 @@ class PrincipalLinear(AdapterLinear):
         if self.awaits_values(
             name
         ):  # loaded with low_cpu_mem_usage: the trained tensors follow, the basis does not
-            core = self.get_base_layer()
             check(
-                not core.weight.is_meta,
+                not self.base_parameter().is_meta,
                 "save_basis",
                 False,
                 "True for checkpoints that are loaded before their base model's weights are",
@@ -175,7 +177,7 @@ class PrincipalLinear(AdapterLinear):
             )
             values = self.initial_values(config.rank_of(self.module_name), config, self.base_weight())
             for attribute in self.basis_names:  # past init_empty_weights, which would empty them again
-                value = values[attribute].to(core.weight.device)
+                value = values[attribute].to(self.base_parameter().device)
                 getattr(self, attribute)._parameters[name] = nn.Parameter(value, requires_grad=False)
             u, c = self.basis(name)
         left = torch.randn(u.shape[0], generator=seeded(0, "left"), dtype=torch.float64)
@@ -195,7 +197,8 @@ class PrincipalLinear(AdapterLinear):
         u, c = self.basis_names
         return getattr(self, u)[name], getattr(self, c)[name]
 
-    # Maths -----------------------------------------------------------------------------------------------------
+    # Maths
+    #  ----------------------------------------------------------------------------------------------
 
     @classmethod
     def factors(cls, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
@@ -230,7 +233,8 @@ class PrincipalLinear(AdapterLinear):
         """Return what turns the stored base weight into the merged one, fp32."""
         return super().stored_delta(names) + self._taken_out()
 
-    # The residual in the base ------------------------------------------------------------------------------------
+    # The residual in the base
+    #  ----------------------------------------------------------------------------------------------
 
     def _taken_out(self) -> Tensor | float:
         if self.residual_of is None:
@@ -242,9 +246,9 @@ class PrincipalLinear(AdapterLinear):
         """Write the residual into the base, where an adapter asks for it and has not done so."""
         for name, config in self.configs.items():
             if self.residual_of is None and cast(PrincipalConfig, config).base_mode == "residual":
-                if self.awaits_values(name) or self.get_base_layer().weight.is_meta:
+                if self.awaits_values(name) or self.base_parameter().is_meta:
                     continue
-                self._original = self.get_base_layer().weight.data
+                self._original = self.base_parameter().data
                 self.residual_of = name
                 self._write_base(self._original, -1.0, *self.basis(name))
 
@@ -258,16 +262,16 @@ class PrincipalLinear(AdapterLinear):
         )
         change = (u.float() @ c.float()).detach()
         new = weight.float() + sign * (change.T if self.is_conv1d else change)
-        self.get_base_layer().weight.data = new.to(weight.dtype)
+        self.base_parameter().data = new.to(weight.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter, and give the base back what it had taken out (to the base dtype's rounding)."""
         if self.residual_of == adapter_name:
             u, c = self.basis(adapter_name)
             if self._original is not None:
-                self.get_base_layer().weight.data = self._original
+                self.base_parameter().data = self._original
             else:
-                self._write_base(self.get_base_layer().weight.data, 1.0, u, c)
+                self._write_base(self.base_parameter().data, 1.0, u, c)
             self.residual_of, self._original = None, None
         super().delete_adapter(adapter_name)
 
@@ -292,8 +296,8 @@ def _refresh_basis(module: nn.Module, _: object) -> None:
     if before is None or (torch.equal(u, before[0]) and torch.equal(c, before[1])):
         return
     if layer._original is None:
-        layer._write_base(layer.get_base_layer().weight.data, 1.0, *before)
-        base = layer.get_base_layer().weight.data
+        layer._write_base(layer.base_parameter().data, 1.0, *before)
+        base = layer.base_parameter().data
     else:
         base = layer._original
     layer._write_base(base, -1.0, u, c)
@@ -302,7 +306,7 @@ def _refresh_basis(module: nn.Module, _: object) -> None:
 class PrincipalModel(AdapterModel):
     """Tuner of the principal-component family."""
 
-    tuner_layer_cls: type[PrincipalLinear]
+    tuner_layer_cls: type[PrincipalLinear]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def _saved_names(cls, config: AdapterConfig) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Export of low-rank adapters as ordinary PEFT LoRA folders, exact to rounding.
 
-The update of such an adapter is a product of two factors that its own tensors give in closed form, so nothing is
-decomposed to approximate it; a QR step removes directions that carry nothing. The folder loads with plain PEFT,
-transformers' `load_adapter` and servers that read LoRA, in a process that never imports this package. In a process
-group every rank must call it (sharded tensors are gathered); the first one writes.
+The update of such an adapter is a product of two factors that its own tensors give in closed form, so nothing
+is decomposed to approximate it; a QR step removes directions that carry nothing. The folder loads with plain
+PEFT, transformers' `load_adapter` and servers that read LoRA, in a process that never imports this package.
+In a process group every rank must call it (sharded tensors are gathered); the first one writes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _from_model(
             layers[module.module_name] = {k: v.cpu() for k, v in module.adapter_tensors(adapter_name).items()}
         elif isinstance(module, AuxiliaryTrainingWrapper):
             state = {k: dist.full_tensor(v) for k, v in module.state_dict().items()}
-            saved = module.adapter_state_dict(adapter_name, state)
+            saved = cast(Any, module).adapter_state_dict(adapter_name, state)
             others.update({_PREFIX + path.removeprefix(_PREFIX) + f".{k}": v for k, v in saved.items()})
     check(
         config is not None,
@@ -110,7 +110,7 @@ def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tenso
         name != "lora", "peft_type", "LORA", "another type than LoRA, which needs no export", where=str(path)
     )
     config_class = cast(type[AdapterConfig], registry.get("adapter", name).config)
-    config = config_class.from_pretrained(str(folder))
+    config = cast(AdapterConfig, config_class.from_pretrained(str(folder)))
     layer_class = cast(type[AdapterLinear], registry.get("adapter", name).target)
     wanted = {*layer_class.adapter_layer_names, *layer_class.adapter_frozen_names}
 
@@ -170,5 +170,6 @@ def _card(config: AdapterConfig) -> str:
         f"---\nlibrary_name: peft\n{named}tags:\n- lora\n- hf_ext\n---\n\n"
         f"# LoRA export of a {config.method} adapter\n\n"
         "An ordinary PEFT LoRA checkpoint with the same weight update. It loads without hf_ext:\n\n"
-        '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "<this folder or repository>")\n```\n'
+        "```python\nfrom peft import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base_model, "<this folder or repository>")\n```\n'
     )

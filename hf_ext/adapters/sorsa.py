@@ -8,13 +8,14 @@ R = mean over all factor matrices of ||A A^T - I||_F and ||B^T B - I||_F.
 Differs from the paper and its code:
 - The base stays untouched by default (see `_principal`); `base_mode="residual"` is the paper's form.
 - The decomposition runs in fp32; the code's cast to fp32 has no effect.
-- With an alpha, S starts at Sigma / s, so that what the base gives up is its leading part; the code takes s times
-  that part out, and its S s times as large, so that its "residual" is none.
-- ||M||_F is smoothed to sqrt(||M||_F^2 + eps^2) - eps. At the start M is rounding noise, and the gradient of the
-  unsmoothed norm would turn that noise into a step of full length. `ortho_eps=0` is the paper's norm.
-- As in the code, gamma / (peak learning rate) times the gradient of R is added after clipping and goes through the
-  optimizer's moments; the paper writes two learning rates on one schedule, which is the same for SGD. Here that
-  happens inside `Optimizer.step` (`core.grad_terms`), in any loop, with no callback to register.
+- With an alpha, S starts at Sigma / s, so that what the base gives up is its leading part; the code takes s
+  times that part out, and its S s times as large, so that its "residual" is none.
+- ||M||_F is smoothed to sqrt(||M||_F^2 + eps^2) - eps. At the start M is rounding noise, and the gradient of
+  the unsmoothed norm would turn that noise into a step of full length. `ortho_eps=0` is the paper's norm.
+- As in the code, gamma / (peak learning rate) times the gradient of R is added after clipping and goes
+  through the optimizer's moments; the paper writes two learning rates on one schedule, which is the same for
+  SGD. Here that happens inside `Optimizer.step` (`core.grad_terms`), in any loop, with no callback to
+  register.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ __all__ = ["SorsaConfig", "orthonormality"]
 
 @dataclass
 class SorsaConfig(PrincipalConfig):
-    """Settings of SORSA, beside those of every adapter (`AdapterConfig`) and of its family (`PrincipalConfig`).
+    """Settings of SORSA, beside those of every adapter and of its family (`PrincipalConfig`).
 
     Args:
         r: Rank of the trained part; the paper's runs use 128.
-        gamma: Weight of the orthonormality penalty relative to the peak learning rate, >= 0; 0 switches it off.
-            The peak is the parameter group's `initial_lr`, which every learning-rate scheduler sets, or its `lr`.
+        gamma: Weight of the orthonormality penalty relative to the peak learning rate, >= 0; 0 switches it
+            off. The peak is the parameter group's `initial_lr`, which every learning-rate scheduler sets, or
+            its `lr`.
         ortho_eps: Smoothing of the penalty's norms, in units of sqrt(r), >= 0.
         ortho_form: "norm" for the Frobenius norm, "squared" for its square.
     """
@@ -96,6 +98,10 @@ class SorsaLinear(PrincipalLinear):
     adapter_frozen_names = ("sorsa_U", "sorsa_C")
     basis_names = ("sorsa_U", "sorsa_C")
 
+    sorsa_A: nn.ParameterDict
+    sorsa_S: nn.ParameterDict
+    sorsa_B: nn.ParameterDict
+
     def __init__(self, base_layer: nn.Module, module_name: str, **quantization: Any) -> None:
         super().__init__(base_layer, module_name, **quantization)
         ORTHONORMALITY.watch(self)
@@ -130,20 +136,20 @@ class SorsaLinear(PrincipalLinear):
         return F.linear(F.linear(x, a) * (self.scale[name] * s), b)
 
     def factor_matrices(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Yield each adapter's name, factor and whether its rows (A) or its columns (B) are the singular vectors."""
+        """Yield adapter name, factor, and whether its rows (A) or columns (B) are the singular vectors."""
         for name in names:
             if name in self.configs:
-                yield name, self.sorsa_A[name], True
-                yield name, self.sorsa_B[name], False
+                yield name, cast(nn.Parameter, self.sorsa_A[name]), True
+                yield name, cast(nn.Parameter, self.sorsa_B[name]), False
 
 
 def orthonormality_gradients(
     factors: Sequence[Tensor], by_rows: Sequence[bool], eps: float, form: str = "norm"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return each factor's smoothed ||M|| and its gradient, M = F F^T - I (rows) or F^T F - I (columns), in fp32.
+    """Return each factor's smoothed ||M|| and its gradient, with M = F F^T - I (rows) or F^T F - I (columns).
 
-    The norm is sqrt(||M||_F^2 + e^2) - e with e = eps sqrt(r), its gradient 2 M F / sqrt(||M||_F^2 + e^2); the
-    squared form is ||M||_F^2 with gradient 4 M F. Factors of one shape are done in one batch.
+    The norm is sqrt(||M||_F^2 + e^2) - e with e = eps sqrt(r), its gradient 2 M F / sqrt(||M||_F^2 + e^2);
+    the squared form is ||M||_F^2 with gradient 4 M F. Factors of one shape are done in one batch.
 
     Args:
         factors: (r, n) or (m, r) each.
@@ -171,7 +177,8 @@ def orthonormality_gradients(
         else:
             e = eps * math.sqrt(gram.shape[-1])
             root = (square + e * e).sqrt()
-            # root - e without its cancellation. Unsmoothed, the norm has no gradient at 0; 0 is a subgradient.
+            # root - e without its cancellation. Unsmoothed, the norm has no gradient at 0; 0 is a
+            # subgradient.
             value = torch.where(root > 0.0, square / (root + e), 0.0)
             factor_of = torch.where(root > 0.0, 2.0 / root, 0.0)
         product = gram @ batch if rows else batch @ gram

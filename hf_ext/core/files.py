@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def _failed(path: Path, error: OSError) -> OSError:
 
 
 @contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path) -> Generator[Path, None, None]:
     """Give an empty folder to write into, and put it in place of `folder` only when the block has succeeded.
 
     The new folder is made beside the old one, so that the last step is a rename. If the block raises, the

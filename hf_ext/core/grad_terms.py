@@ -1,8 +1,8 @@
 """Gradients of parameter-only terms, added right before an optimizer steps, in any training loop.
 
 A term that depends on parameters alone (an orthonormality or sparsity penalty) needs no forward pass: its
-gradient has a closed form. Adding it in a hook that torch runs at the start of every `Optimizer.step` makes it
-independent of how the loss is built: of gradient accumulation, of loss normalisation, of clipping (done by
+gradient has a closed form. Adding it in a hook that torch runs at the start of every `Optimizer.step` makes
+it independent of how the loss is built: of gradient accumulation, of loss normalisation, of clipping (done by
 then) and of loss scaling (`GradScaler.step` has unscaled by then, or hands the scale to fused optimizers).
 """
 
@@ -21,6 +21,7 @@ from .dist import shard_like
 ParamGroup = dict[str, Any]
 # The optimizer's parameter group of a parameter, or None where this optimizer does not hold it.
 GroupOf = Callable[[nn.Parameter], ParamGroup | None]
+_MARK = "_with_grad_terms"  # attribute of a parameter: its gradient and version when the terms went in
 Gradients = Callable[[list[nn.Module], GroupOf], Iterable[tuple[nn.Parameter, Tensor]]]
 
 
@@ -28,13 +29,13 @@ class GradTerm:
     """One kind of term, shared by all modules that carry it.
 
     Args:
-        gradients: Called at each step with the living watched modules, oldest first (the order must be equal on
-            all ranks), and the optimizer's group look-up; returns parameters with the whole (unsharded) fp32
-            tensors to add to their gradients.
+        gradients: Called at each step with the living watched modules, oldest first (the order must be equal
+            on all ranks), and the optimizer's group look-up; returns parameters with the whole (unsharded)
+            fp32 tensors to add to their gradients.
         title: How errors name the term.
     """
 
-    _terms: list[GradTerm] = []
+    in_use: list[GradTerm] = []
 
     def __init__(self, gradients: Gradients, *, title: str) -> None:
         self._gradients = gradients
@@ -43,10 +44,10 @@ class GradTerm:
 
     def watch(self, module: nn.Module) -> None:
         """Include a module from the next step on, for as long as it lives."""
-        if not GradTerm._terms:
+        if not GradTerm.in_use:
             register_optimizer_step_pre_hook(_before_step)
-        if self not in GradTerm._terms:
-            GradTerm._terms.append(self)
+        if self not in GradTerm.in_use:
+            GradTerm.in_use.append(self)
         if all(known() is not module for known in self._watched):
             self._watched.append(weakref.ref(module))
 
@@ -57,7 +58,7 @@ class GradTerm:
         return [module for _, module in living if module is not None]
 
     def apply(self, optimizer: Optimizer, groups: dict[int, ParamGroup]) -> list[nn.Parameter]:
-        """Add the term's gradients to those of an optimizer's parameters, and return the parameters touched."""
+        """Add the term's gradients to those of an optimizer, and return the parameters touched."""
         modules = self.modules()
         if not modules:
             return []
@@ -88,8 +89,8 @@ class GradTerm:
                     continue
                 if flat or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
                     raise RuntimeError(
-                        f"{self._title}: the optimizer steps flattened copies of the parameters (DeepSpeed ZeRO or "
-                        "FSDP1), where the term cannot be added; set its weight to 0, or use DDP or FSDP2"
+                        f"{self._title}: the optimizer steps flattened copies of parameters (DeepSpeed ZeRO "
+                        "or FSDP1), where the term cannot be added; set its weight to 0, or use DDP or FSDP2"
                     )
 
 
@@ -110,23 +111,23 @@ def _before_step(
 
     if "closure" in kwargs:
         return args, {**kwargs, "closure": with_terms}
-    return (args[0], with_terms, *args[2:]), kwargs
+    return (*args[:1], with_terms, *args[2:]), kwargs
 
 
 @torch.no_grad()
 def _apply_all(optimizer: Optimizer) -> None:
     held = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     groups = {id(p): group for p, group in held if not _has_terms(p)}
-    touched = [p for term in GradTerm._terms for p in term.apply(optimizer, groups)]
+    touched = [p for term in GradTerm.in_use for p in term.apply(optimizer, groups)]
     for parameter in touched:
         grad = parameter.grad
         assert grad is not None
-        parameter._with_terms = (weakref.ref(grad), grad._version)  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(parameter, _MARK, (weakref.ref(grad), grad._version))
 
 
 def _has_terms(parameter: nn.Parameter) -> bool:
     # An optimizer that wraps another fires the hook twice for one step. A gradient that nobody has written to
     # since the terms went in holds them already.
-    known, version = getattr(parameter, "_with_terms", (None, -1))
+    known, version = getattr(parameter, _MARK, (None, -1))
     grad = parameter.grad
     return known is not None and grad is not None and known() is grad and grad._version == version

@@ -1,10 +1,10 @@
 """Low-rank linear algebra in fp32: truncated SVD by a block Krylov method, and exact recompression.
 
 Source of the SVD: Musco and Musco 2015, "Randomized Block Krylov Methods for Stronger and Faster Approximate
-Singular Value Decomposition", arXiv 1504.05477, algorithm 2. Against plain randomized power iteration it reaches
-the same subspace with about half the products with W: on a 2048 x 2048 matrix with singular values 1/sqrt(i),
-r = 32 and 16 extra columns, five Krylov steps leave 1e-4 in the sine of the largest principal angle where five
-power iterations leave 0.1.
+Singular Value Decomposition", arXiv 1504.05477, algorithm 2. Against plain randomized power iteration it
+reaches the same subspace with about half the products with W: on a 2048 x 2048 matrix with singular values
+1/sqrt(i), r = 32 and 16 extra columns, five Krylov steps leave 1e-4 in the sine of the largest principal
+angle where five power iterations leave 0.1.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def truncated_svd(
         weight: (m, n), any floating dtype; computed in fp32 on its device.
         r: Number of triplets, 1 <= r <= min(m, n).
         oversample: Extra columns of the starting block; None for max(16, r // 4).
-        n_iter: Krylov steps, >= 0; 0 is a plain randomized sketch. Each costs two products of W with the block.
+        n_iter: Krylov steps, >= 0; 0 is a plain randomized sketch. Each costs two products of W with the
+            block.
         seed: Seed of the starting block.
         name: Module path, mixed into the seed so that equal layers do not share a block.
-        driver: "krylov", "exact" (torch.linalg.svd), or "auto": exact where the Krylov space would fill a good
-            part of the matrix anyway.
+        driver: "krylov", "exact" (torch.linalg.svd), or "auto": exact where the Krylov space would fill a
+            good part of the matrix anyway.
 
     Raises:
         ValueError: A setting is outside its range, or the matrix is not finite.

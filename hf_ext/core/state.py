@@ -19,8 +19,8 @@ def save_state(
 ) -> None:
     """Write one part's state as `<name>.json` and, where there are tensors, `<name>.safetensors`.
 
-    The JSON file is written last and lists the tensors: without it there is no state, so that a process killed
-    between the two files leaves nothing that loads and is wrong.
+    The JSON file is written last and lists the tensors: without it there is no state, so that a process
+    killed between the two files leaves nothing that loads and is wrong.
 
     Args:
         folder: The checkpoint folder.

@@ -1,7 +1,7 @@
 """Every adapter that says it supports quantized bases, on each quantization that runs on a CPU.
 
-Backends that need a GPU or kernels of their own are stood in for by their interface: one that cannot be read, and
-one that can be read and not written.
+Backends that need a GPU or kernels of their own are stood in for by their interface: one that cannot be read,
+and one that can be read and not written.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def test_mode_that_writes_the_base_is_refused(
     info: MethodInfo, quantize: Callable[[Any], Any], tiny_llama: Any
 ) -> None:
     assert info.config is not None
-    if "base_mode" not in {f for f in info.config.__dataclass_fields__}:
+    if "base_mode" not in info.config.__dataclass_fields__:
         return
     with pytest.raises(ValueError, match=r"base_mode must be 'projected' on a quantized"):
         get_peft_model(

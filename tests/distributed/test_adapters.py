@@ -59,7 +59,8 @@ def test_two_processes_equal_one(case: str, stage: str, outputs: Path) -> None:
     expected = worker.adapter_state(alone)
     found = load_file(outputs / f"{case}-{stage}.rank0.safetensors")
     for key, tensor in expected.items():
-        # AdamW's first steps have full length whatever the gradient: noise in a tiny one shows at the rate's size.
+        # AdamW's first steps have full length whatever the gradient: noise in a tiny one shows at the rate's
+        # size.
         torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
     assert any(not torch.equal(before[key], tensor) for key, tensor in expected.items())
 

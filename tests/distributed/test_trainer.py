@@ -1,4 +1,4 @@
-"""transformers' Trainer with SORSA on two gloo processes: ranks agree, a resumed run is the uninterrupted one."""
+"""transformers' Trainer with SORSA on two gloo processes: ranks agree, resuming changes nothing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """SORSA under transformers' Trainer on two ranks, DDP or FSDP2, and resumed half-way; started by torchrun.
 
 Usage: torchrun --nproc_per_node 2 -m tests.distributed.trainer_worker ddp|fsdp2|fsdp2-rank0 OUT
-In mode fsdp2-rank0 only rank 0 reads the base model's weights (cpu_ram_efficient_loading), and the residual is written
-into the base: what the other rank computes from its empty weights must not count.
+In mode fsdp2-rank0 only rank 0 reads the base model's weights (cpu_ram_efficient_loading), and the residual
+is written into the base: what the other rank computes from its empty weights must not count.
 Writes OUT/whole and OUT/resumed (Trainer folders) and OUT/<name>.rank<k>.safetensors.
 """
 

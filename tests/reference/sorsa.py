@@ -37,5 +37,8 @@ class ReferenceSorsa:
         """Return R of this one layer: the mean of the two smoothed norms."""
         e = self.eps * self.r**0.5
         unit = torch.eye(self.r, dtype=self.a.dtype)
-        norms = [(m.square().sum() + e * e).sqrt() - e for m in (self.a @ self.a.T - unit, self.b.T @ self.b - unit)]
+        norms = [
+            (m.square().sum() + e * e).sqrt() - e
+            for m in (self.a @ self.a.T - unit, self.b.T @ self.b - unit)
+        ]
         return (norms[0] + norms[1]) / 2
