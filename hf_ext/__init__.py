@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,7 +17,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("adapters", "callbacks", "core", "data", "training")
+_SUBPACKAGES = ("adapters", "assets", "core", "data", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -39,14 +38,17 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def then_register(module: ModuleType) -> None:
             execute(module)
+            # Not before: transformers looks for PEFT's spec, without importing it, to know if it is there.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             importlib.import_module(f"{__name__}.adapters")
 
         spec.loader.exec_module = then_register

@@ -228,7 +228,12 @@ def _warn_of_decay(group: dict[str, Any]) -> None:
         )
 
 
-ORTHONORMALITY = GradTerm(_penalty_gradients, title="SORSA's gamma")
+def _penalised(layer: nn.Module) -> list[nn.Parameter]:
+    adapters = _by_adapter([layer], None).values()
+    return [factor for config, matrices in adapters if config.gamma > 0.0 for factor, _ in matrices]
+
+
+ORTHONORMALITY = GradTerm(_penalty_gradients, title="SORSA's gamma", parameters=_penalised)
 
 
 def orthonormality(model: nn.Module) -> float:

@@ -33,13 +33,22 @@ class GradTerm:
             on all ranks), and the optimizer's group look-up; returns parameters with the whole (unsharded)
             fp32 tensors to add to their gradients.
         title: How errors name the term.
+        parameters: The trainable parameters of a watched module that the term is for; None for all. If an engine
+            keeps them from the optimizer, the step is refused.
     """
 
     in_use: list[GradTerm] = []
 
-    def __init__(self, gradients: Gradients, *, title: str) -> None:
+    def __init__(
+        self,
+        gradients: Gradients,
+        *,
+        title: str,
+        parameters: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None,
+    ) -> None:
         self._gradients = gradients
         self._title = title
+        self._parameters = parameters or nn.Module.parameters
         self._watched: list[weakref.ref[nn.Module]] = []
 
     def watch(self, module: nn.Module) -> None:
@@ -84,7 +93,7 @@ class GradTerm:
             getattr(p, "_is_flat_param", False) for group in optimizer.param_groups for p in group["params"]
         )
         for module in modules:
-            for parameter in module.parameters():
+            for parameter in self._parameters(module):
                 if not parameter.requires_grad or id(parameter) in groups or _has_terms(parameter):
                     continue
                 if flat or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):

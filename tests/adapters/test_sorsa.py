@@ -556,3 +556,21 @@ def test_bias_is_kept() -> None:
         model = get_peft_model(copy.deepcopy(base), SorsaConfig(r=2, base_mode=mode, target_modules=["lin"]))
         torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(model.merge_and_unload()(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])  # what DeepSpeed ZeRO-3 and ZeRO-1/2 leave on parameters
+def test_engines_that_step_copies_are_refused_only_with_a_penalty(mark: str) -> None:
+    for gamma in (0.05, 0.0):
+        model, layer = skewed(gamma=gamma)
+        setattr(layer.sorsa_A["default"], mark, 1)
+        copy_of_all = nn.Parameter(torch.zeros(8))
+        copy_of_all.grad = torch.ones(8)
+        optimizer = torch.optim.SGD([copy_of_all], lr=0.1)
+        if gamma:
+            with pytest.raises(RuntimeError, match=r"SORSA's gamma.*DeepSpeed ZeRO or FSDP1"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert float(copy_of_all.detach().sum()) < 0
+        del model, layer
+        gc.collect()

@@ -1,0 +1,75 @@
+# `make demo` from a fresh clone installs and runs; `make check` is what a change must pass.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.hf-ext-installed
+# One thread per test process: with several at once more would only wait for one another.
+RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-dist effects bench docs sync new format lint types check clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make $(VENV) with the library and its development tools
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the other packages then find a torch that satisfies them, and do not choose one themselves.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[dev,plot]"
+	touch $@
+
+demo: install ## fine-tune the embedded model for a minute or two
+	$(BIN)/hf-ext train examples/quickstart.yaml
+
+test: install ## the whole suite but the `effect` tests
+	$(RUN_TESTS) -n $(JOBS) --dist loadgroup -m "not effect" $(PYTEST_ARGS)
+
+test-dist: install ## only the tests that start several processes
+	$(RUN_TESTS) -m distributed $(PYTEST_ARGS)
+
+effects: install ## methods against their baselines (minutes)
+	$(RUN_TESTS) -m effect $(PYTEST_ARGS)
+
+bench: install ## cost of a training step against PEFT's LoRA
+	$(BIN)/python benchmarks/training_step.py
+
+docs: install ## build the site into build/docs
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
+sync: install ## write export lists and tables from the registry
+	$(BIN)/python scripts/sync_registry.py
+
+new: install ## scaffold a method: make new kind=adapter name=foo
+	$(BIN)/python scripts/new_method.py "$(kind)" "$(name)"
+	$(BIN)/python scripts/sync_registry.py
+
+format: install ## rewrite the sources in the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: install ## ruff and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+types: install ## pyright
+	$(BIN)/pyright
+
+check: lint types ## all that a change must pass
+	$(BIN)/python scripts/sync_registry.py --check
+	$(MAKE) test
+
+clean: ## remove what tools leave behind; the environment stays
+	rm -rf build dist htmlcov .pytest_cache .ruff_cache .coverage* *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

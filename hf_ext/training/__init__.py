@@ -1,0 +1,1 @@
+"""The main job: a recipe checked in full, run through TRL's trainers, and outputs proven by reloading."""

@@ -1,0 +1,225 @@
+"""Where models and data come from: embedded, on the disk, or on the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..assets import PREFIX, resolve
+from ..core.checks import check, refuse_unknown, suggest
+from .recipe import Job, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED_DATA = f"{PREFIX}stdlib-docstrings"
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Each is a form of data that TRL's SFTTrainer takes.
+_FORMS = (("prompt", "completion"), ("messages",))
+
+
+# Models -----------------------------------------------------------------------------------------------------
+
+
+def model_path(job: Job) -> str:
+    """Return what `from_pretrained` takes for the recipe's model.
+
+    Raises:
+        ValueError: The name is an embedded one that does not exist, or a path without a folder.
+    """
+    name = job.recipe.model_name_or_path
+    try:
+        path = resolve(name)
+    except ValueError as error:
+        raise ValueError(f"{job.where}: {error}") from error
+    if path == name and _is_path(name) and not Path(name).is_dir():
+        raise ValueError(f"{job.where}: model_name_or_path: there is no folder {name}")
+    return path
+
+
+def hub_id(job: Job) -> str | None:
+    """Return the model's Hub id, or None for an embedded model or a local folder."""
+    name = job.recipe.model_name_or_path
+    return None if name.startswith(PREFIX) or _is_path(name) or Path(name).is_dir() else name
+
+
+def _is_path(name: str) -> bool:
+    # A Hub id is `name` or `owner/name`; everything else that has a separator can only be a path.
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
+
+
+def load_config(job: Job) -> PretrainedConfig:
+    """Read the model's configuration, without its weights.
+
+    Raises:
+        ValueError: There is no such model, or its configuration is damaged.
+    """
+    from transformers import AutoConfig
+
+    path = model_path(job)
+    try:
+        return AutoConfig.from_pretrained(path, **_where_from(job))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{job.where}: model_name_or_path {job.recipe.model_name_or_path!r}: {one_line(error)}"
+        ) from error
+
+
+def load_tokenizer(job: Job) -> PreTrainedTokenizerBase:
+    """Read the model's tokenizer.
+
+    Raises:
+        ValueError: The model has none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path(job), **_where_from(job))
+    except (OSError, ValueError, KeyError) as error:
+        name = job.recipe.model_name_or_path
+        raise ValueError(
+            f"{job.where}: model_name_or_path {name!r}: no tokenizer: {one_line(error)}"
+        ) from error
+
+
+def load_model(job: Job) -> PreTrainedModel:
+    """Read the model's weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_path(job), **_where_from(job), **model_options(job))
+
+
+def model_options(job: Job) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that shape the model."""
+    options: dict[str, Any] = dict(_as_dict(job.settings.get("model_init_kwargs")))
+    options.setdefault("dtype", job.recipe.dtype)
+    if job.recipe.attn_implementation is not None:
+        options["attn_implementation"] = job.recipe.attn_implementation
+    return options
+
+
+def _as_dict(value: object) -> dict[str, Any]:
+    return json.loads(value) if isinstance(value, str) else dict(value or {})  # type: ignore[call-overload]
+
+
+def _where_from(job: Job) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": bool(job.settings.get("trust_remote_code", False))}
+    if job.recipe.model_revision is not None:
+        options["revision"] = job.recipe.model_revision
+    return options
+
+
+# Data -------------------------------------------------------------------------------------------------------
+
+
+def load_data(job: Job) -> tuple[Dataset, Dataset | None]:
+    """Return the training rows and the held-out rows, with TRL's column names.
+
+    Raises:
+        ValueError: There is no such data set, split or column; close matches are offered.
+    """
+    recipe = job.recipe
+    train = _named(job, _load_split(job, "dataset_train_split", recipe.dataset_train_split))
+    test: Dataset | None = None
+    if recipe.dataset_test_split is not None:
+        test = _named(job, _load_split(job, "dataset_test_split", recipe.dataset_test_split))
+    elif recipe.dataset_test_size is not None:
+        train, test = _cut(job, train, recipe.dataset_test_size)
+    train = _spread(train, recipe.max_train_samples)
+    for field, rows in (("dataset_train_split", train), ("dataset_test_split", test)):
+        if rows is not None and not len(rows):
+            raise ValueError(f"{job.where}: {field}: the split of {recipe.dataset_name} has no rows")
+    return train, None if test is None else _spread(test, recipe.max_eval_samples)
+
+
+def _cut(job: Job, rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]:
+    held_out = size if isinstance(size, int) else max(1, round(size * len(rows)))
+    check(
+        held_out < len(rows),
+        f"{job.where}: dataset_test_size",
+        size,
+        f"fewer than the {len(rows)} rows there are",
+    )
+    parts = rows.train_test_split(test_size=held_out, seed=int(job.settings.get("seed", 42)))
+    return parts["train"], parts["test"]
+
+
+def _spread(rows: Dataset, limit: int | None) -> Dataset:
+    # Neighbouring rows are alike (one module, one author): the first few would not stand for the split.
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select([index * len(rows) // limit for index in range(limit)])
+
+
+def _load_split(job: Job, field: str, split: str) -> Dataset:
+    name = job.recipe.dataset_name
+    if name.startswith(PREFIX):
+        return _load_embedded(job, field, split)
+    path = Path(name)
+    if (_is_path(name) or path.suffix in _READERS) and not path.exists():
+        raise ValueError(f"{job.where}: dataset_name: there is no file or folder {name}")
+    try:
+        return _load_from_disk_or_hub(job, path, split)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        # datasets names neither the field nor a broken file; the cause says what is wrong with it.
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
+        raise ValueError(f"{job.where}: {field} {split!r} of {name}: {one_line(error)}{cause}") from error
+
+
+def _load_from_disk_or_hub(job: Job, path: Path, split: str) -> Dataset:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    name, config = job.recipe.dataset_name, job.recipe.dataset_config
+    if path.is_file() and path.suffix in _READERS:
+        rows = load_dataset(_READERS[path.suffix], data_files={"train": name}, split=split)
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        stored = load_from_disk(name)
+        names = [] if isinstance(stored, Dataset) else [str(known) for known in stored]
+        if not isinstance(stored, Dataset) and split not in names:
+            raise ValueError(f"there is no such split{suggest(split, names)} It has: {', '.join(names)}.")
+        rows = stored if isinstance(stored, Dataset) else stored[split]
+    else:
+        rows = load_dataset(name, config, split=split)
+    return rows
+
+
+def _load_embedded(job: Job, field: str, split: str) -> Dataset:
+    from ..data import load_docstrings
+
+    try:
+        if job.recipe.dataset_name != EMBEDDED_DATA:
+            refuse_unknown("dataset_name", job.recipe.dataset_name, [EMBEDDED_DATA])
+        return load_docstrings(split)
+    except ValueError as error:
+        raise ValueError(f"{job.where}: {str(error).replace('split must', f'{field} must', 1)}") from error
+
+
+def _named(job: Job, rows: Dataset) -> Dataset:
+    """Rename columns as the recipe says, and refuse data that no trainer could use."""
+    where, renamed = job.where, job.recipe.dataset_columns
+    for role, column in renamed.items():
+        if column not in rows.column_names:
+            hint = suggest(column, rows.column_names)
+            raise ValueError(
+                f"{where}: dataset_columns.{role}: there is no column {column!r}{hint} {_listed(rows)}"
+            )
+    text = str(job.settings.get("dataset_text_field", "text"))
+    rows = rows.rename_columns({column: role for role, column in renamed.items() if column != role})
+    if "dataset_text_field" in job.settings and text not in rows.column_names:
+        hint = suggest(text, rows.column_names)
+        raise ValueError(f"{where}: dataset_text_field: there is no column {text!r}{hint} {_listed(rows)}")
+    forms = (*_FORMS, (text,))
+    if not any(set(form) <= set(rows.column_names) for form in forms):
+        hints = {f"{name!r}{suggest(name, rows.column_names)}" for form in forms for name in form}
+        close = " ".join(sorted(hint for hint in hints if "mean" in hint))
+        raise ValueError(
+            f"{where}: dataset_name {job.recipe.dataset_name!r} needs the columns 'prompt' and 'completion', "
+            f"or 'messages', or {text!r}; name them with dataset_columns. {_listed(rows)} {close}".rstrip()
+        )
+    return rows
+
+
+def _listed(rows: Dataset) -> str:
+    return f"It has: {', '.join(rows.column_names)}."

@@ -1,0 +1,57 @@
+"""In one process every function is a no-op; two processes are in tests/distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ext.core import dist
+
+
+def test_one_process_is_the_main_one_of_one() -> None:
+    assert (dist.is_distributed(), dist.world_size(), dist.rank(), dist.is_main()) == (False, 1, 0, True)
+    dist.barrier()
+
+
+def test_collectives_return_the_very_tensor_unchanged() -> None:
+    tensor = torch.tensor([1.0, 3.0])
+    assert dist.broadcast_(tensor) is tensor
+    assert dist.all_reduce_mean_(tensor) is tensor
+    assert dist.full_tensor(tensor) is tensor
+    assert tensor.tolist() == [1.0, 3.0]
+    assert dist.same_on_all_ranks(tensor)
+
+
+def test_a_parameter_is_not_taken_for_a_sharded_one() -> None:
+    whole, parameter = torch.ones(2), nn.Parameter(torch.zeros(2))
+    assert dist.shard_like(whole, parameter) is whole
+    assert not dist.is_tensor_parallel(parameter)
+
+
+def test_weights_are_awaited_only_on_other_ranks_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not dist.awaits_broadcast()  # one process has nobody to wait for
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "efficient", "local_rank", "awaits"),
+    [
+        ("true", "true", "1", True),
+        ("True", "1", "3", True),
+        ("true", "true", "0", False),
+        ("false", "true", "1", False),
+        ("true", "false", "1", False),
+        ("", "", "1", False),
+    ],
+)
+def test_who_awaits_in_a_group(
+    monkeypatch: pytest.MonkeyPatch, fsdp: str, efficient: str, local_rank: str, awaits: bool
+) -> None:
+    monkeypatch.setattr(dist, "is_distributed", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", efficient)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert dist.awaits_broadcast() is awaits
