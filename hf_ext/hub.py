@@ -43,7 +43,7 @@ _MODEL_WEIGHTS = (
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LONGEST_WAIT = 30.0  # seconds between two attempts
 _TRANSIENT = frozenset({408, 409, 412, 425, 429})  # and every 5xx
-_TEMPLATE = "[More Information Needed]"  # in the cards that PEFT and transformers write
+_TEMPLATE = "[More Information Needed]"  # in the empty cards that PEFT and transformers write
 # Fields of an adapter_config.json that are no settings of a method.
 _BOOKKEEPING = frozenset(
     {
@@ -92,7 +92,8 @@ def push_to_hub(
             saved adapter, LoRA export or model. A folder is not changed, and its files go up as they are,
             but for checkpoints, hidden files and pickled training arguments, which stay, and for the card
             and the adapter's settings where they name a base model by a path of this machine. A card is
-            written for a folder that has none, or if method, dataset, settings, metrics or a log is given.
+            written for a folder without one or with PEFT's empty template, and if method, dataset,
+            settings, metrics or a log is given.
         repo_id: "owner/name", or "name" for the token's own account; made if there is none.
         adapter_name: Which adapter of a model.
         tokenizer: Saved along with a model; a folder holds its own.
@@ -122,7 +123,7 @@ def push_to_hub(
             check(tokenizer is None, "tokenizer", tokenizer, "left out with a folder, which holds its own")
             folder = Path(cast("str | os.PathLike[str]", model_or_folder))
             described = any(given is not None for given in (method, dataset, settings, metrics, log_history))
-            writes_card = described or not (folder / _CARD).is_file()
+            writes_card = described or _TEMPLATE in (_text(folder / _CARD) or _TEMPLATE)
         else:
             folder, named = _save(model_or_folder, scratch / "saved", adapter_name, tokenizer)
             base_model, writes_card = base_model or named, True

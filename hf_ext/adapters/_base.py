@@ -247,6 +247,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Return the output with what adapters that are not active have taken out of the base put back."""
         return out
 
+    @classmethod
+    def training_metrics(cls, model: nn.Module) -> dict[str, float]:
+        """Return numbers of the method's own for the training log, by name; called at log time on every rank."""
+        return {}
+
     def after_change(self) -> None:
         """Bring what is derived from adapter tensors up to date after they were set or loaded."""
 

@@ -135,6 +135,12 @@ class SorsaLinear(PrincipalLinear):
         # Scaling r numbers per token is cheaper than scaling out_features of them.
         return F.linear(F.linear(x, a) * (self.scale[name] * s), b)
 
+    @classmethod
+    def training_metrics(cls, model: nn.Module) -> dict[str, float]:
+        """Return the mean distance of the trained factors from orthonormal ones."""
+        matrices = _matrices(model)
+        return {"orthonormality": _mean_norm(matrices)} if matrices else {}
+
     def factor_matrices(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Yield adapter name, factor, and whether its rows (A) or columns (B) are the singular vectors."""
         for name in names:
@@ -221,8 +227,7 @@ def _penalty_gradients(layers: list[nn.Module], group_of: GroupOf) -> Iterator[t
 
 
 def _warn_of_decay(group: dict[str, Any]) -> None:
-    if group.get("weight_decay", 0.0) and not group.get("_sorsa_warned"):
-        group["_sorsa_warned"] = True
+    if group.get("weight_decay", 0.0):  # Python shows a warning once; a mark in the group would be saved
         warnings.warn(
             "weight_decay pulls SORSA's factors away from orthonormality; set it to 0 for them", stacklevel=2
         )
@@ -242,8 +247,16 @@ def orthonormality(model: nn.Module) -> float:
     Raises:
         ValueError: The model has no active, trainable SORSA adapter.
     """
-    matrices = [m for _, found in _by_adapter(list(model.modules()), None).values() for m in found]
+    matrices = _matrices(model)
     check(bool(matrices), "model", type(model).__name__, "one with an active, trainable SORSA adapter")
+    return _mean_norm(matrices)
+
+
+def _matrices(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [m for _, found in _by_adapter(list(model.modules()), None).values() for m in found]
+
+
+def _mean_norm(matrices: Sequence[tuple[nn.Parameter, bool]]) -> float:
     norms, _ = orthonormality_gradients(
         [full_tensor(factor.detach()) for factor, _ in matrices], [rows for _, rows in matrices], eps=0.0
     )

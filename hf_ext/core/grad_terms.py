@@ -21,7 +21,8 @@ from .dist import shard_like
 ParamGroup = dict[str, Any]
 # The optimizer's parameter group of a parameter, or None where this optimizer does not hold it.
 GroupOf = Callable[[nn.Parameter], ParamGroup | None]
-_MARK = "_with_grad_terms"  # attribute of a parameter: its gradient and version when the terms went in
+# Attribute of a parameter: its gradient, and that gradient's version, when the terms went in.
+_MARK = "_with_grad_terms"
 Gradients = Callable[[list[nn.Module], GroupOf], Iterable[tuple[nn.Parameter, Tensor]]]
 
 

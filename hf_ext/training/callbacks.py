@@ -7,36 +7,18 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._compat.peft import BaseTunerLayer
-from ..adapters.sorsa import SorsaLinear, orthonormality
-from ..core import registry
+from ..adapters._base import AdapterLinear
 
 
 def adapter_metrics(model: nn.Module) -> dict[str, float]:
-    """Return the numbers that the model's adapter methods report, by name.
-
-    A layer class may have a class method `training_metrics(model)` that returns them.
-    """
-    present = {type(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    """Return the numbers that the model's adapter methods report, by name."""
+    present = {type(module) for module in model.modules() if isinstance(module, AdapterLinear)}
     metrics: dict[str, float] = {}
-    for row in registry.methods("adapter"):
-        if row.target not in present:
-            continue
-        report = getattr(row.target, "training_metrics", None)
-        if report is not None:
-            metrics.update(report(model))
-        elif row.target is SorsaLinear and _trains(model, SorsaLinear):
-            metrics["orthonormality"] = orthonormality(model)
+    for layer in sorted(
+        present, key=lambda cls: cls.__name__
+    ):  # one order on all ranks: it may be a collective
+        metrics.update(layer.training_metrics(model))
     return metrics
-
-
-def _trains(model: nn.Module, layer: type[nn.Module]) -> bool:
-    return any(
-        p.requires_grad
-        for module in model.modules()
-        if isinstance(module, layer)
-        for p in module.parameters()
-    )
 
 
 class AdapterMetricsCallback(TrainerCallback):

@@ -230,7 +230,7 @@ def loading_snippet(job: Job, kind: str, place: str) -> str:
 
 
 def push(job: Job) -> str:
-    """Upload the adapter, or the whole model, with the card that lies beside it, and return the commit's address.
+    """Upload the adapter, or the whole model, with the card beside it, and return the commit's address.
 
     Raises:
         OSError: The Hub cannot be reached, or refuses.

@@ -558,7 +558,9 @@ def test_bias_is_kept() -> None:
         torch.testing.assert_close(model.merge_and_unload()(x), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])  # what DeepSpeed ZeRO-3 and ZeRO-1/2 leave on parameters
+@pytest.mark.parametrize(
+    "mark", ["ds_id", "_hp_mapping"]
+)  # what DeepSpeed ZeRO-3 and ZeRO-1/2 leave on parameters
 def test_engines_that_step_copies_are_refused_only_with_a_penalty(mark: str) -> None:
     for gamma in (0.05, 0.0):
         model, layer = skewed(gamma=gamma)

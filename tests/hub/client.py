@@ -107,13 +107,16 @@ def push_trained() -> dict[str, Any]:
 
 
 def push_native() -> dict[str, Any]:
-    """Push an adapter that transformers' own `add_adapter` has made."""
+    """Push the inactive one of two adapters that transformers' own `add_adapter` has made."""
     from hf_ext.adapters import SorsaConfig
     from hf_ext.hub import push_to_hub
 
     model = base_model()
     model.add_adapter(SorsaConfig(r=2, target_modules=["q_proj"], init_weights=False), "extra")
-    return {"url": push_to_hub(model, "me/native", adapter_name="extra"), **logits(model)}
+    found = logits(model)
+    model.add_adapter(SorsaConfig(r=3, target_modules=["q_proj"], init_weights=False), "other")
+    url = push_to_hub(model, "me/native", adapter_name="extra")
+    return {"url": url, "active": model.active_adapters(), **found}
 
 
 def push_lora_and_merged() -> dict[str, Any]:

@@ -224,10 +224,11 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server_state.lock:
                 return self._dispatch(fault, body)
         except Refused as refused:
-            headers = {
-                "X-Error-Message": refused.message,
-                **({"X-Error-Code": refused.code} if refused.code else {}),
-            }
+            if refused.message.startswith("<"):  # not from the Hub, but from what stands in between
+                return refused.status, refused.message.encode(), {}
+            headers = {"X-Error-Message": refused.message}
+            if refused.code is not None:
+                headers["X-Error-Code"] = refused.code
             return refused.status, json.dumps({"error": refused.message}).encode(), headers
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:

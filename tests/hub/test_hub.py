@@ -16,6 +16,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,7 @@ def test_one_adapter_of_two_goes_to_a_branch_of_a_private_repository(
 
 def test_an_adapter_made_by_transformers_itself(hub: Hub, reader: Client, pusher: Client, base: Any) -> None:
     pushed = pusher.call("push_native")
+    assert pushed["active"] == ["other"]
     assert card(hub, "me/native")[0]["base_model"] == "me/base"
     loaded = reader.call("load", repo_id="me/native", how="adapter")
     assert loaded["digest"] == pushed["digest"] != base["digest"]
@@ -277,7 +279,10 @@ def test_no_path_of_this_machine_is_pushed(
     files = hub.head("me/paths").files
     assert [name for name, file in files.items() if str(folder).encode() in file.data] == []
     assert json.loads(files["adapter_config.json"].data)["base_model_name_or_path"] is None
-    assert "base_model" not in card(hub, "me/paths")[0]
+    data, body = card(hub, "me/paths")
+    assert "base_model" not in data
+    assert "[More Information Needed]" not in body  # PEFT's template has become a card
+    assert 'PeftModel.from_pretrained(base, "me/paths")' in body
     # Neither checkpoints nor pickles; of the rest, what lies there is sent, and the folder is as it was.
     assert set(files) - {".gitattributes"} == {
         n for n in before if not n.startswith(("checkpoint", "training"))
@@ -293,6 +298,20 @@ def test_no_path_of_this_machine_is_pushed(
     assert json.loads(files["adapter_config.json"].data)["base_model_name_or_path"] == "me/base"
     assert card(hub, "me/paths")[0]["base_model"] == "me/base"
     assert [name for name, file in files.items() if str(folder).encode() in file.data] == []
+
+
+def test_a_folders_own_card_goes_up_but_for_the_path(
+    hub: Hub, pusher: Client, folder: Path, saved: dict[str, Any]
+) -> None:
+    own = folder / "own-card"
+    shutil.copytree(folder / "adapter", own)
+    path = saved["path"]
+    text = f"---\nlicense: mit\nbase_model: {path}\ntags:\n- base_model:adapter:{path}\n- mine\n---\n"
+    (own / "README.md").write_text(f"{text}Made from {path} by hand.\n")
+    pusher.call("push_folder", folder="own-card", repo_id="me/own-card")
+    data, body = card(hub, "me/own-card")
+    assert data == {"license": "mit", "tags": ["mine"]}
+    assert body.strip() == "Made from local-base by hand."
 
 
 def test_what_people_wrote_into_the_card_stays(hub: Hub, pusher: Client, adapter: dict[str, Any]) -> None:
@@ -340,7 +359,8 @@ FAULTS = {
     ],
     "the batch call fails": [Fault("objects/batch", "status", times=2)],
     "the repository cannot be made at first": [Fault("repos/create", "drop")],
-    "the card's check is answered by a proxy": [Fault("validate-yaml", "drop")],
+    "the card's check breaks": [Fault("validate-yaml", "drop")],
+    "a proxy answers instead of the Hub": [Fault("validate-yaml", "status", status=502, message="<html>")],
     "the commit breaks before it is made": [Fault("/commit/main", "drop", after=100)],
     "the commit is answered by 503": [Fault("/commit/main", "status")],
     "the answer to the commit is lost": [Fault("/commit/main", "lost")],
@@ -353,7 +373,7 @@ def test_an_interrupted_push_ends_whole_and_in_one_commit(
 ) -> None:
     repo_id = f"me/fault-{list(FAULTS).index(what)}"
     hub.blobs.clear()  # so that there is something to send
-    hub.faults += [Fault(f.pattern, f.kind, f.times, f.after, f.status) for f in FAULTS[what]]
+    hub.faults += [replace(fault) for fault in FAULTS[what]]
     url = pusher.call("push_folder", folder="adapter", repo_id=repo_id, base_model="me/base")
     assert [fault.hits for fault in hub.faults] == [fault.times for fault in hub.faults]
     (commit,) = hub.repositories[repo_id].history()
@@ -411,7 +431,7 @@ def test_a_push_that_fails_for_good_changes_nothing(
     weights[-1] ^= 1
     (changed / "adapter_model.safetensors").write_bytes(weights)
     hub.blobs.clear()
-    hub.faults.append(fault)
+    hub.faults.append(replace(fault))
     with pytest.raises(Failed) as failed:
         pusher.call("push_folder", folder="changed", repo_id="me/permanent", attempts=2)
     assert failed.value.kind == "PushError"

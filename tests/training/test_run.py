@@ -118,6 +118,19 @@ def test_the_merged_model_needs_no_library_of_ours(finished: Path) -> None:
     assert start(["-c", script, str(finished / "merged")]).returncode == 0
 
 
+def test_export_lora_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export-lora", str(finished / "adapter"), str(tmp_path / "lora")]) == 0
+    ours, run = (
+        read_tensors(d / "adapter_model.safetensors") for d in (tmp_path / "lora", finished / "lora")
+    )
+    assert ours.keys() == run.keys()
+    assert all(torch.equal(tensor, run[name]) for name, tensor in ours.items())
+    assert main(["export-lora", str(finished / "adapter"), str(tmp_path / "lora"), "--rank", "0"]) == 2
+    assert "rank must be None or at least 1, got 0" in error_lines(capsys.readouterr().err)[0]
+    assert main(["export-lora", str(tmp_path / "nothing"), str(tmp_path / "lora")]) == 2
+    assert str(tmp_path / "nothing") in error_lines(capsys.readouterr().err)[0]
+
+
 KILLED = """
 import os, signal, sys
 from transformers import TrainerCallback

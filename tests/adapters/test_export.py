@@ -1,0 +1,109 @@
+"""What `export_to_lora` refuses, and what it writes; that it is exact stands in the adapters' contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from hf_ext.adapters import SorsaConfig, export_to_lora
+
+
+@pytest.fixture
+def saved(tiny_llama: Any, tmp_path: Path) -> Path:
+    config = SorsaConfig(r=4, alpha=8.0, rank_pattern={"v_proj": 2}, target_modules=["q_proj", "v_proj"])
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_unmoved_adapter_has_an_update_of_nothing(saved: Path, tiny_llama: Any, tmp_path: Path) -> None:
+    export_to_lora(saved, tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, tiny_llama()(input_ids=ids).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_config_says_which_modules_and_ranks(tiny_llama: Any, tmp_path: Path) -> None:
+    config = SorsaConfig(
+        r=4, rank_pattern={"v_proj": 2}, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]
+    )
+    model = get_peft_model(tiny_llama(), config)
+    for name, parameter in model.named_parameters():
+        if "sorsa_" in name:
+            parameter.data += torch.randn_like(parameter)
+    export_to_lora(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA"
+    assert written["r"] == written["lora_alpha"]
+    attention = "model.layers.1.self_attn."
+    assert written["target_modules"] == [f"{attention}q_proj", f"{attention}v_proj"]
+    ranks = {
+        k: v.shape[0] for k, v in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in k
+    }
+    # Rank 2r: both factors have moved away from the frozen ones.
+    assert ranks == {
+        f"base_model.model.{attention}q_proj.lora_A.weight": 8,
+        f"base_model.model.{attention}v_proj.lora_A.weight": 4,
+    }
+    assert (tmp_path / "README.md").read_text().startswith("---\nlibrary_name: peft\n")
+
+
+def test_an_existing_export_is_replaced_whole(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "stale.txt").write_text("of an older export")
+    export_to_lora(saved, tmp_path / "lora")
+    names = {path.name for path in (tmp_path / "lora").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_rank_is_checked(saved: Path, rank: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank must be None or at least 1"):
+        export_to_lora(saved, tmp_path / "lora", rank=rank)
+
+
+def test_unknown_adapter_name_is_named(tiny_llama: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), SorsaConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"adapter_name .*'other'"):
+        export_to_lora(model, tmp_path / "lora", adapter_name="other")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_folders_that_hold_no_adapter_of_ours_are_named(saved: Path, tiny_llama: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        export_to_lora(tmp_path / "nowhere", tmp_path / "lora")
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "plain"
+    )
+    with pytest.raises(ValueError, match="peft_type must be another type than LoRA"):
+        export_to_lora(tmp_path / "plain", tmp_path / "lora")
+    config = saved / "adapter_config.json"
+    config.write_text(config.read_text().replace('"SORSA"', '"SORSAX"'))
+    with pytest.raises(ValueError, match="did you mean 'sorsa'"):
+        export_to_lora(saved, tmp_path / "lora")
+
+
+def test_damaged_weights_are_named(saved: Path, tmp_path: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        export_to_lora(saved, tmp_path / "lora")
+    gone = "base_model.model.model.layers.0.self_attn.v_proj.sorsa_S"
+    save_file({key: value for key, value in tensors.items() if key != gone}, path)
+    with pytest.raises(ValueError, match=r"no sorsa_S for model\.layers\.0\.self_attn\.v_proj"):
+        export_to_lora(saved, tmp_path / "lora")
+
+
+def test_unwritable_place_is_named(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write .*file.lora"):
+        export_to_lora(saved, tmp_path / "file" / "lora")
