@@ -249,7 +249,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     @classmethod
     def training_metrics(cls, model: nn.Module) -> dict[str, float]:
-        """Return numbers of the method's own for the training log, by name; called at log time on every rank."""
+        """Return the method's own numbers for the training log; called at log time on every rank."""
         return {}
 
     def after_change(self) -> None:

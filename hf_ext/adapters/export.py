@@ -3,7 +3,7 @@
 The update of such an adapter is a product of two factors that its own tensors give in closed form, so nothing
 is decomposed to approximate it; a QR step removes directions that carry nothing. The folder loads with plain
 PEFT, transformers' `load_adapter` and servers that read LoRA, in a process that never imports this package.
-In a process group every rank must call it on a model (sharded tensors are gathered); only the first one writes.
+In a process group every rank must call it on a model (sharded tensors are gathered); the first one writes.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class GradTerm:
             on all ranks), and the optimizer's group look-up; returns parameters with the whole (unsharded)
             fp32 tensors to add to their gradients.
         title: How errors name the term.
-        parameters: The trainable parameters of a watched module that the term is for; None for all. If an engine
-            keeps them from the optimizer, the step is refused.
+        parameters: The trainable parameters of a watched module that the term is for; None for all. If an
+            engine keeps them from the optimizer, the step is refused.
     """
 
     in_use: list[GradTerm] = []
