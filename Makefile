@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hf-ext-installed
+RUNNABLE := $(VENV)/.hf-ext-runnable
 # One thread per test process: with several at once more would only wait for one another.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -26,9 +27,15 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install -e ".[dev,plot]"
+	touch $(RUNNABLE) $@
+
+# What a user has: without the tools, and without the quantization packages, which slow every import of PEFT.
+$(RUNNABLE): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[plot]"
 	touch $@
 
-demo: install ## fine-tune the embedded model for a minute or two
+demo: $(RUNNABLE) ## fine-tune the embedded model for a minute or two
 	$(BIN)/hf-ext train examples/quickstart.yaml
 
 test: install ## the whole suite but the `effect` tests
@@ -40,8 +47,12 @@ test-dist: install ## only the tests that start several processes
 effects: install ## methods against their baselines (minutes)
 	$(RUN_TESTS) -m effect $(PYTEST_ARGS)
 
-bench: install ## cost of a training step against PEFT's LoRA
-	$(BIN)/python benchmarks/training_step.py
+bench: install ## the ratios of docs/benchmarks.md (a quiet machine, about 15 minutes)
+	$(BIN)/python benchmarks/initialization.py --out docs/assets/initialization.json
+	$(BIN)/python benchmarks/training_step.py --model tiny-llama --out docs/assets/training_step_tiny.json
+	$(BIN)/python benchmarks/training_step.py --model llama-100m --out docs/assets/training_step_100m.json
+	$(BIN)/python benchmarks/start_up.py --out docs/assets/start_up.json
+	$(BIN)/python benchmarks/sorsa_vs_lora.py --out docs/assets/sorsa_vs_lora
 
 docs: install ## build the site into build/docs
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

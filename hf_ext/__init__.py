@@ -17,7 +17,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("adapters", "assets", "core", "data", "training")
+_SUBPACKAGES = ("adapters", "assets", "core", "data", "hub", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -136,7 +136,7 @@ def push_to_hub(
             plot = None if log_history is None else _plot(log_history, content)
             facts = content.facts(repository.repo_id, dataset, settings or {}, metrics or {}, plot)
             earlier = repository.card(scratch / "remote")
-            _write_card(changed, earlier or _text(folder / _CARD), facts, dataset, metrics or {})
+            _write_card(changed, earlier or _text(folder / _CARD), facts, metrics or {})
         _without_paths(folder, changed, content, card=not writes_card)
         files.update({path.name: path for path in sorted(changed.iterdir())})
         return repository.commit(files, commit_message or f"Upload {content.method}")
@@ -324,7 +324,7 @@ class _Content:
             base_model=self.base_model,
             base_label=Path(self.base_path).name if self.base_path else "a model without a Hub id",
             paper=paper,
-            dataset=dataset or _UNKNOWN,
+            dataset=dataset,
             settings={**{f"adapter.{name}": value for name, value in own.items()}, **settings},
             metrics=metrics,
             plot=plot,
@@ -376,30 +376,26 @@ def _hub_id(name: object) -> str | None:
 _UNKNOWN = "unknown"  # the name that model-index entries have for data without one
 
 
-def _write_card(
-    folder: Path, earlier: str | None, facts: CardFacts, dataset: str | None, metrics: Mapping[str, float]
-) -> None:
+def _write_card(folder: Path, earlier: str | None, facts: CardFacts, metrics: Mapping[str, float]) -> None:
     """Write the card into a folder; the metadata, and what people wrote, of an earlier one are kept."""
     from huggingface_hub import EvalResult, ModelCard
 
-    from .training.card import _MARK, write_card
+    from .training.card import CARD_MARK, write_card
 
     path = folder / _CARD
     if earlier is not None and _card_data(earlier) is not None:
         # `write_card` keeps the text before its mark; of upstream's templates it drops all of it.
-        by_people = _MARK not in earlier and _TEMPLATE not in earlier
-        path.write_text(f"{earlier.rstrip()}\n\n{_MARK}\n" if by_people else earlier, encoding="utf-8")
+        by_people = CARD_MARK not in earlier and _TEMPLATE not in earlier
+        path.write_text(f"{earlier.rstrip()}\n\n{CARD_MARK}\n" if by_people else earlier, encoding="utf-8")
     write_card(folder, facts)
-    # `write_card` knows one metric and a named data set; a push may have several, and none.
+    # `write_card` knows one metric; a push may have several.
     card = ModelCard.load(path)
     data = cast(Any, card.data)
-    if dataset is None:
-        data.datasets = None
     results: list[EvalResult] = [
         EvalResult(
             task_type=data.pipeline_tag,
-            dataset_type=facts.dataset,
-            dataset_name=facts.dataset,
+            dataset_type=facts.dataset or _UNKNOWN,
+            dataset_name=facts.dataset or _UNKNOWN,
             metric_type=name,
             metric_name=name,
             metric_value=value,

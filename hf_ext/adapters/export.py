@@ -166,7 +166,9 @@ def _lora_settings(config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str,
 
 def _card(config: AdapterConfig) -> str:
     base = config.base_model_name_or_path
-    named = f"base_model: {base}\n" if base and not Path(base).exists() else ""
+    # A path of this machine means nothing to a reader, and the Hub refuses a card with one.
+    is_id = base is not None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) and not Path(base).exists()
+    named = f"base_model: {base}\n" if is_id else ""
     return (
         f"---\nlibrary_name: peft\n{named}tags:\n- lora\n- hf_ext\n---\n\n"
         f"# LoRA export of a {config.method} adapter\n\n"

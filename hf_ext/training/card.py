@@ -10,7 +10,7 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 PLOT = "loss.png"
-_MARK = "<!-- hf_ext -->"  # what follows is ours, and is replaced when a card is written again
+CARD_MARK = "<!-- hf_ext -->"  # what follows is ours, and is replaced when a card is written again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class CardFacts:
         base_model: Hub id of the base, or None: a folder of this machine means nothing to a reader.
         base_label: How the text names the base, where it has no Hub id.
         paper: Identifier of the method's paper, or None.
-        dataset: Name of the data set.
+        dataset: Name of the data set, or None.
         settings: Settings by name.
         metrics: Numbers by name.
         plot: PNG of the losses, or None.
@@ -37,7 +37,7 @@ class CardFacts:
     base_model: str | None
     base_label: str
     paper: str | None
-    dataset: str
+    dataset: str | None
     settings: Mapping[str, object]
     metrics: Mapping[str, float]
     plot: bytes | None
@@ -61,8 +61,8 @@ def write_card(folder: str | Path, facts: CardFacts) -> None:
     path = Path(folder) / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n")
     _fill(cast(ModelCardData, card.data), facts)
-    kept = card.text.partition(_MARK)[0].strip() if _MARK in card.text else ""
-    card.text = "\n\n".join(part for part in (kept, _MARK, _body(facts)) if part) + "\n"
+    kept = card.text.partition(CARD_MARK)[0].strip() if CARD_MARK in card.text else ""
+    card.text = "\n\n".join(part for part in (kept, CARD_MARK, _body(facts)) if part) + "\n"
     if facts.plot is not None:
         (Path(folder) / PLOT).write_bytes(facts.plot)
     card.save(path)
@@ -77,7 +77,7 @@ def _fill(data: ModelCardData, facts: CardFacts) -> None:
     # peft writes `base_model:adapter:<path>` into the tags, too.
     inherited = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]
     data.tags = sorted({*inherited, *facts.tags})
-    if not facts.dataset.startswith(("embedded:", ".", "/", "~")):
+    if facts.dataset and not facts.dataset.startswith(("embedded:", ".", "/", "~")):
         data.datasets = [facts.dataset]
     data.model_name = facts.name
     after = facts.metrics.get("eval_loss_after")
@@ -85,8 +85,8 @@ def _fill(data: ModelCardData, facts: CardFacts) -> None:
         data.eval_results = [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=facts.dataset,
-                dataset_name=facts.dataset,
+                dataset_type=facts.dataset or "unknown",
+                dataset_name=facts.dataset or "unknown",
                 metric_type="loss",
                 metric_name="held-out loss, nats per token",
                 metric_value=round(after, 6),
@@ -101,15 +101,18 @@ def _body(facts: CardFacts) -> str:
         else f"`{facts.base_label}`"
     )
     paper = f" ({facts.paper})" if facts.paper else ""
+    data = f" on `{facts.dataset}`" if facts.dataset else ""
     parts = [
         f"# {facts.name}",
-        f"{base} fine-tuned on `{facts.dataset}` with **{facts.method}**{paper}.",
+        f"{base} fine-tuned{data} with **{facts.method}**{paper}.",
         f"## Load it\n\n```python\n{facts.snippet.strip()}\n```",
-        f"## Metrics\n\n{_table(('metric', 'value'), _numbers(facts.metrics))}",
     ]
+    if facts.metrics:
+        parts.append(f"## Metrics\n\n{_table(('metric', 'value'), _numbers(facts.metrics))}")
     if facts.plot is not None:
         parts.append(f"![training and held-out loss]({PLOT})")
-    parts.append(f"## Settings\n\n{_table(('setting', 'value'), facts.settings)}")
+    if facts.settings:
+        parts.append(f"## Settings\n\n{_table(('setting', 'value'), facts.settings)}")
     return "\n\n".join(parts)
 
 
