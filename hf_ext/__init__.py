@@ -59,7 +59,7 @@ def _register_with_peft() -> None:
     peft: Any = sys.modules.get("peft")
     if peft is not None and not getattr(peft.__spec__, "_initializing", False):
         importlib.import_module(f"{__name__}.adapters")
-    else:
+    elif not any(type(finder).__name__ == _AfterPeft.__name__ for finder in sys.meta_path):  # reloaded
         sys.meta_path.insert(0, _AfterPeft())
 
 

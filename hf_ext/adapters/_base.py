@@ -7,6 +7,8 @@ registers both.
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
 import warnings
 from abc import abstractmethod
@@ -37,7 +39,7 @@ from .._compat.peft import (
     resolve_quantization_backend,
 )
 from ..core import dist
-from ..core.checks import check, check_fields
+from ..core.checks import check, check_fields, refuse_unknown
 from ..core.files import tensor_header
 from ..core.lowrank import seeded
 from ..core.registry import MethodInfo, register
@@ -91,7 +93,10 @@ class AdapterConfig(PeftConfig):
         inherited = {f.name for f in fields(PeftConfig)}
         own = [f.name for f in fields(self) if f.name not in inherited]
         hints = {name: hint for name, hint in get_type_hints(type(self)).items() if name in own}
-        check_fields({name: getattr(self, name) for name in own}, hints, where=type(self).__name__)
+        given = {name: getattr(self, name) for name in own}
+        for name, value in check_fields(given, hints, where=type(self).__name__).items():
+            setattr(self, name, value)  # text that spells a number is one
+            check(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
         for name in ("target_modules", "exclude_modules"):  # PEFT's own configs hold sets
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -263,6 +268,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The settings do not fit this layer; nothing has been changed then.
         """
+        if self.merged_adapters:  # a start taken from the merged weight would be of another model
+            warnings.warn(f"{self.module_name} is merged; unmerging it to add an adapter", stacklevel=2)
+            self.unmerge()
         r = config.rank_of(self.module_name)
         limit = min(self.in_features, self.out_features)
         check(r <= limit, "r", r, f"at most {limit}, the layer's smaller side", where=self.module_name)
@@ -391,12 +399,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         try:
             stored = self.get_base_weight()
             delta = self.stored_delta(target)
-            merged = stored.float() + (delta.T if self.is_conv1d else delta)
+            merged = (stored.float() + (delta.T if self.is_conv1d else delta)).to(stored.dtype)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(
                     f"{self.module_name}: merging {', '.join(names)} gives NaN or infinite weights"
                 )
-            self.set_base_weight(merged.to(stored.dtype))
+            self.set_base_weight(merged)
         except Exception:
             self._restore(snapshot)
             self.merged_adapters = []
@@ -422,7 +430,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if isinstance(snapshot, ModuleSnapshot):
             snapshot.restore(self)
         else:
-            self.base_parameter().data = snapshot.to(self.base_parameter().device)
+            now = self.base_parameter()  # the model may have been moved or cast since
+            now.data = snapshot.to(device=now.device, dtype=now.dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -430,7 +439,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Return the bare base layer, merged or as it was; PEFT calls this where a layer has it."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
+        if not merge or not self.merged_adapters:  # nothing to merge here: give back what adapters have taken
             if self.merged:
                 self.unmerge()
             for name in list(self.configs):
@@ -494,6 +503,21 @@ class AdapterModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter into every target layer, or, where one refuses, leave the model as it was."""
+        parts = {part for key in self._base_keys() for part in key.split(".")}
+        layer = self.tuner_layer_cls
+        parts |= {
+            *layer.adapter_layer_names,
+            *layer.adapter_frozen_names,
+            "base_layer",
+            "base_model",
+            "model",
+        }
+        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems to be another
+        # adapter's.
+        check(adapter_name not in parts, "adapter_name", adapter_name, "no part of a module path")
+        check(adapter_name not in self.prefix, "adapter_name", adapter_name, f"no part of {self.prefix!r}")
+        # A copy: PEFT writes into it, and one object given for two adapters or models must not tie them.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         self._undo: list[Callable[[], None]] = []
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -505,17 +529,45 @@ class AdapterModel(BaseTuner):
         finally:
             del self._undo
 
-    def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        super()._check_new_adapter_config(config)
-        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems to be another
-        # adapter's.
-        name = next(name for name, known in self.peft_config.items() if known is config)
+    def _base_keys(self) -> list[str]:
         layer = self.tuner_layer_cls
-        parts = {part for key in self.model.state_dict() for part in key.split(".")}
-        names = (*layer.adapter_layer_names, *layer.adapter_frozen_names)
-        parts |= {*names, "base_layer", "base_model", "model"}
-        check(name not in parts, "adapter_name", name, "different from every part of a module path")
-        check(name not in self.prefix, "adapter_name", name, f"no part of the prefix {self.prefix!r}")
+        own = {*layer.adapter_layer_names, *layer.adapter_frozen_names, "adapter_dropout"}
+        return [key for key in self.model.state_dict() if own.isdisjoint(key.split("."))]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base; `unmerge_adapter` restores its bits."""
+        self._check_names(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        self._check_names(adapter_names)
+        if merge and safe_merge:  # all layers or none: a half-unloaded model is no use
+            self._check_merges(adapter_names)
+        return cast(
+            nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        )
+
+    def _check_names(self, adapter_names: list[str] | None) -> None:
+        for name in adapter_names or ():
+            if name not in self.peft_config:
+                refuse_unknown("adapter_names", name, self.peft_config)
+
+    def _check_merges(self, adapter_names: list[str] | None) -> None:
+        for layer in self.adapter_layers():
+            merged = list(layer.merged_adapters)
+            try:
+                layer.merge(safe_merge=True, adapter_names=adapter_names)
+            finally:
+                if layer.merged_adapters and layer.merged_adapters != merged:
+                    layer.unmerge()
+                    if merged:
+                        layer.merge(adapter_names=merged)
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -529,16 +581,21 @@ class AdapterModel(BaseTuner):
     ) -> None:
         self._refuse_tied(target, current_key)
         if isinstance(target, self.tuner_layer_cls):
-            target.add_adapter(adapter_name, peft_config)
             self._undo.append(lambda: target.delete_adapter(adapter_name))
+            target.add_adapter(adapter_name, peft_config)
             target.set_adapter(target.active_adapters)
             return
         layer = self.tuner_layer_cls(target, current_key, **get_quantization_kwargs(self))
+
+        def put_back() -> None:
+            layer.delete_adapter(adapter_name)  # which also gives the base back what it had taken
+            setattr(parent, target_name, target)
+
+        self._undo.append(put_back)
         layer.add_adapter(adapter_name, peft_config)
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._undo.append(lambda: setattr(parent, target_name, target))
         self._replace_module(parent, target_name, layer, target)
 
     def _refuse_tied(self, target: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ Differs from the paper and from PEFT's PiSSA:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -40,20 +41,18 @@ class PrincipalConfig(AdapterConfig):
         alpha: Numerator of the scale alpha / r, > 0; None for a scale of 1. The start does not depend on it.
         alpha_pattern: alpha by module name or regular expression, where it differs.
         base_mode: "projected" leaves the base weight untouched; "residual" writes the residual into it.
-        n_iter: Krylov steps of the decomposition, >= 0; more steps, closer to the exact SVD.
-        oversample: Extra columns of its starting block, >= 0; None for max(16, r // 4).
+        n_iter: Krylov steps of the decomposition after the first, >= 0; more, closer to the exact SVD.
+        oversample: Directions that it seeks beyond r, >= 0; None for max(16, r // 4).
         save_basis: Whether checkpoints hold the frozen U and C (as large as the adapter itself). Without them
-            loading decomposes the base again and refuses one that differs from the original.
-        basis_fingerprint: Written by the library when save_basis is False: one number for each module.
+            loading decomposes the base again, and compares one number of each module with the original's.
     """
 
     alpha: float | None = None
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_mode: str = "projected"
-    n_iter: int = 5
+    n_iter: int = 9
     oversample: int | None = None
     save_basis: bool = True
-    basis_fingerprint: dict[str, float] = field(default_factory=dict)
 
     def validate(self) -> None:
         """Check the family's fields."""
@@ -137,8 +136,8 @@ class PrincipalLinear(AdapterLinear):
         super().add_adapter(name, config)
         if config.base_mode == "residual" and dist.awaits_broadcast():
             self.residual_of = name  # the residual itself comes from rank 0
-        if not config.save_basis:
-            self._check_fingerprint(name, config)
+        if not config.save_basis and self.awaits_values(name):
+            self._fill_basis(name, config)
 
     def initial_values(self, r: int, config: Any, weight: Tensor | None) -> dict[str, Tensor]:
         """Return the trained tensors and the basis from the leading r triplets of the base weight."""
@@ -163,34 +162,20 @@ class PrincipalLinear(AdapterLinear):
         values = super().random_values(r, config)
         return {**values, **{name: torch.zeros_like(values[name]) for name in self.basis_names}}
 
-    def _check_fingerprint(self, name: str, config: PrincipalConfig) -> None:
-        u, c = self.basis(name)
-        if self.awaits_values(
-            name
-        ):  # loaded with low_cpu_mem_usage: the trained tensors follow, the basis does not
-            check(
-                not self.base_parameter().is_meta,
-                "save_basis",
-                False,
-                "True for checkpoints that are loaded before their base model's weights are",
-                where=self.module_name,
-            )
-            values = self.initial_values(config.rank_of(self.module_name), config, self.base_weight())
-            for attribute in self.basis_names:  # past init_empty_weights, which would empty them again
-                value = values[attribute].to(self.base_parameter().device)
-                getattr(self, attribute)._parameters[name] = nn.Parameter(value, requires_grad=False)
-            u, c = self.basis(name)
-        left = torch.randn(u.shape[0], generator=seeded(0, "left"), dtype=torch.float64)
-        right = torch.randn(c.shape[1], generator=seeded(0, "right"), dtype=torch.float64)
-        found = float((left @ u.cpu().double()) @ (c.cpu().double() @ right))
-        known = config.basis_fingerprint.setdefault(self.module_name, found)
+    def _fill_basis(self, name: str, config: PrincipalConfig) -> None:
+        """Decompose the base for an adapter that is loaded onto empty tensors and brings no basis."""
+        base = self.base_parameter()
         check(
-            abs(found - known) <= FINGERPRINT_TOLERANCE * max(abs(known), abs(found)),
-            "basis_fingerprint",
-            found,
-            f"{known!r} within {FINGERPRINT_TOLERANCE}: this is not the base model the adapter was made for",
+            not base.is_meta,
+            "save_basis",
+            False,
+            "True for checkpoints that are loaded before their base model's weights are",
             where=self.module_name,
         )
+        values = self.initial_values(config.rank_of(self.module_name), config, self.base_weight())
+        for attribute in self.basis_names:  # past init_empty_weights, which would empty them again
+            value = nn.Parameter(values[attribute].to(base.device), requires_grad=False)
+            getattr(self, attribute)._parameters[name] = value
 
     def basis(self, name: str) -> tuple[Tensor, Tensor]:
         """Return one adapter's frozen U (out_features, r) and C (r, in_features)."""
@@ -213,7 +198,8 @@ class PrincipalLinear(AdapterLinear):
         if self.residual_of == name:
             return out
         u, c = self.basis(name)
-        return out - self.low_rank(x, c, u)
+        # The basis keeps fp32 where a trainer has cast what is trained.
+        return out - self.low_rank(self._cast_input_dtype(x, c.dtype), c, u)
 
     def forward_trained(self, x: Tensor, name: str) -> Tensor:
         """Return the trained part's output for x, already dropped out."""
@@ -222,12 +208,22 @@ class PrincipalLinear(AdapterLinear):
     def add_inactive(self, out: Tensor, x: Tensor, active: Sequence[str]) -> Tensor:
         """Put U C x back where the adapter that wrote its residual is not active."""
         if self._original is not None:
-            self._original = None
+            self._settle()
         name = self.residual_of
         if name is None or name in active:
             return out
         u, c = self.basis(name)
         return out + self.low_rank(self._cast_input_dtype(x, c.dtype), c, u)
+
+    def _settle(self) -> None:
+        """At the first forward, write the residual of the basis as it is now, and let the original go.
+
+        transformers' `load_adapter` sets parameters without `load_state_dict`.
+        """
+        name = self.residual_of
+        if name is not None and not torch.compiler.is_compiling() and not dist.is_distributed():
+            self._write_base(self._original, -1.0, *self.basis(name))
+        self._original = None
 
     def stored_delta(self, names: Sequence[str]) -> Tensor:
         """Return what turns the stored base weight into the merged one, fp32."""
@@ -261,15 +257,17 @@ class PrincipalLinear(AdapterLinear):
             where=self.module_name,
         )
         change = (u.float() @ c.float()).detach()
-        new = weight.float() + sign * (change.T if self.is_conv1d else change)
-        self.base_parameter().data = new.to(weight.dtype)
+        now = self.base_parameter()
+        new = weight.to(now.device).float() + sign * (change.T if self.is_conv1d else change)
+        now.data = new.to(now.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter, and give the base back what it had taken out (to the base dtype's rounding)."""
         if self.residual_of == adapter_name:
             u, c = self.basis(adapter_name)
             if self._original is not None:
-                self.base_parameter().data = self._original
+                now = self.base_parameter()
+                now.data = self._original.to(device=now.device, dtype=now.dtype)
             else:
                 self._write_base(self.base_parameter().data, 1.0, u, c)
             self.residual_of, self._original = None, None
@@ -280,6 +278,12 @@ def _remember_basis(module: nn.Module, state_dict: dict[str, Tensor], prefix: st
     layer = cast(PrincipalLinear, module)
     # A state of the whole model brings the base as it was, residual and all (FSDP loads so).
     whole = any(key.startswith(f"{prefix}base_layer.") for key in state_dict)
+    if whole:
+        layer._original = None
+    ours = any(key.startswith(f"{prefix}{name}.") for key in state_dict for name in layer.tensor_names)
+    if ours and layer.merged_adapters:
+        warnings.warn(f"{layer.module_name} is merged; unmerging it to load an adapter", stacklevel=2)
+        layer.unmerge()
     if layer.residual_of is not None and not whole:
         u, c = layer.basis(layer.residual_of)
         layer._basis_before_load = (u.detach().clone(), c.detach().clone())
@@ -333,17 +337,58 @@ class PrincipalModel(AdapterModel):
         )
         if config.save_basis:
             return selected
-        u, c = cls.tuner_layer_cls.basis_names
-        return {key: value for key, value in selected.items() if f".{u}." not in key and f".{c}." not in key}
+        u, c = (f".{name}." for name in cls.tuner_layer_cls.basis_names)
+        kept = {key: value for key, value in selected.items() if u not in key and c not in key}
+        for key, value in selected.items():
+            if u in key:
+                pair = dist.full_tensor(value), dist.full_tensor(selected[key.replace(u, c)])
+                kept[key.replace(u, cls._mark())] = fingerprint(*pair)
+        return kept
+
+    @classmethod
+    def _mark(cls) -> str:
+        return f".{cls.prefix}fingerprint."
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if not config.save_basis:  # what injection has computed is what the checkpoint left out
-            for path, layer in model.named_modules():
-                if isinstance(layer, PrincipalLinear) and adapter_name in layer.configs:
-                    for attribute, value in zip(layer.basis_names, layer.basis(adapter_name), strict=True):
-                        remapped[f"{path}.{attribute}.{adapter_name}"] = value
+        mark = cls._mark().rstrip(".")
+        marks = {key: value for key, value in state_dict.items() if key.endswith(mark)}
+        tensors = {key: value for key, value in state_dict.items() if key not in marks}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+        if config.save_basis:  # what injection has computed is what the checkpoint left out
+            return remapped
+        known = {key.removesuffix(mark).removeprefix(_PREFIX): value for key, value in marks.items()}
+        for path, layer in model.named_modules():
+            if isinstance(layer, PrincipalLinear) and adapter_name in layer.configs:
+                basis = layer.basis(adapter_name)
+                _compare(known.get(path.removeprefix(_PREFIX)), *basis, where=layer.module_name)
+                for attribute, value in zip(layer.basis_names, basis, strict=True):
+                    remapped[f"{path}.{attribute}.{adapter_name}"] = value
         return remapped
+
+
+_PREFIX = "base_model.model."
+
+
+def fingerprint(u: Tensor, c: Tensor) -> Tensor:
+    """Return a fixed random form of U C, fp64, (1,); no sign or rotation of the basis changes it."""
+    left = torch.randn(u.shape[0], generator=seeded(0, "left"), dtype=torch.float64)
+    right = torch.randn(c.shape[1], generator=seeded(0, "right"), dtype=torch.float64)
+    return ((left @ u.detach().cpu().double()) @ (c.detach().cpu().double() @ right)).reshape(1)
+
+
+def _compare(known: Tensor | None, u: Tensor, c: Tensor, *, where: str) -> None:
+    if dist.awaits_broadcast():
+        return
+    check(known is not None, "fingerprint", None, "in a checkpoint saved with save_basis=False", where=where)
+    found, wanted = float(fingerprint(u, c)), float(cast(Tensor, known))
+    # Relative to the size of U C: the form itself can come out near zero.
+    check(
+        abs(found - wanted) <= FINGERPRINT_TOLERANCE * float(c.detach().norm()),
+        "fingerprint",
+        found,
+        f"{wanted!r}, as in the checkpoint: this is not the base model the adapter was made for",
+        where=where,
+    )

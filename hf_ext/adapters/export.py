@@ -9,6 +9,7 @@ In a process group every rank must call it on a model (sharded tensors are gathe
 from __future__ import annotations
 
 import collections
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from ._base import AdapterConfig, AdapterLinear
 __all__ = ["export_to_lora"]
 
 _PREFIX = "base_model.model."
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
 def export_to_lora(
@@ -52,6 +54,7 @@ def export_to_lora(
         OSError: The folder cannot be written.
     """
     check(rank is None or rank >= 1, "rank", rank, "None or at least 1")
+    _check_replaceable(Path(out))
     if isinstance(model_or_path, nn.Module):
         config, layers, others = _from_model(model_or_path, adapter_name)
     else:
@@ -60,21 +63,45 @@ def export_to_lora(
 
     tensors, ranks, dropped = dict(others), {}, {}
     for module, own in layers.items():
-        pair = layer_class.factors(own, config.scale_of(module))
+        _check_tensors(own, config.rank_of(module), module)
+        try:
+            pair = layer_class.factors(own, config.scale_of(module))
+        except RuntimeError as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+            raise ValueError(f"{module}: the adapter's tensors do not fit together: {shapes}") from error
         check(pair is not None, "adapter", config.method, "of a type whose update has low rank", where=module)
         b, a, dropped[module] = recompress(*cast(tuple[Tensor, Tensor], pair), rank=rank)
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
         ranks[module] = a.shape[0]
 
-    if dist.is_main():
+    def write() -> None:
         with atomic_folder(out) as folder:
             write_tensors(folder / "adapter_model.safetensors", tensors)
             write_json(folder / "adapter_config.json", _lora_settings(config, ranks))
             write_bytes(folder / "README.md", _card(config).encode())
+
     if isinstance(model_or_path, nn.Module):
-        dist.barrier()
+        dist.on_main(write)
+    elif dist.is_main():
+        write()
     return dropped
+
+
+def _check_replaceable(out: Path) -> None:
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    settings = out / "adapter_config.json"
+    earlier = settings.is_file() and read_json(settings).get("peft_type") == "LORA"
+    others = sorted(path.name for path in out.iterdir() if path.name not in _FILES)
+    rule = "a new or empty folder, or an earlier export: everything in it would be replaced"
+    check(earlier and not others, "out", str(out), rule)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], r: int, module: str) -> None:
+    for name, tensor in tensors.items():
+        check(bool(tensor.isfinite().all()), name, "NaN or infinite values", "finite", where=module)
+        check(r in tensor.shape, name, tuple(tensor.shape), f"of the config's rank {r}", where=module)
 
 
 def _from_model(
@@ -99,7 +126,14 @@ def _from_model(
         adapter_name,
         "the name of an adapter of this package on the model",
     )
-    return cast(AdapterConfig, config), layers, others
+    config = copy.copy(cast(AdapterConfig, config))
+    if config.task_type is None and config.auto_mapping is None:  # as PEFT does when it saves
+        base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        config.auto_mapping = {
+            "base_model_class": type(base).__name__,
+            "parent_library": type(base).__module__,
+        }
+    return config, layers, others
 
 
 def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -156,6 +190,7 @@ def _lora_settings(config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str,
         target_modules=sorted(ranks),
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,

@@ -48,8 +48,8 @@ class SorsaConfig(PrincipalConfig):
     Args:
         r: Rank of the trained part; the paper's runs use 128.
         gamma: Weight of the orthonormality penalty relative to the peak learning rate, >= 0; 0 switches it
-            off. The peak is the parameter group's `initial_lr`, which every learning-rate scheduler sets, or
-            its `lr`.
+            off. The peak is the parameter group's `max_lr` (OneCycleLR) or `initial_lr`, which every other
+            learning-rate scheduler sets, or its `lr`.
         ortho_eps: Smoothing of the penalty's norms, in units of sqrt(r), >= 0.
         ortho_form: "norm" for the Frobenius norm, "squared" for its square.
     """
@@ -210,9 +210,11 @@ def _by_adapter(
 
 
 def _penalty_gradients(layers: list[nn.Module], group_of: GroupOf) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    for config, matrices in _by_adapter(layers, group_of).values():
+    counts = {key: len(matrices) for key, (_, matrices) in _by_adapter(layers, None).items()}
+    for key, (config, matrices) in _by_adapter(layers, group_of).items():
         if config.gamma == 0.0:
             continue
+        count = counts[key]  # of the adapter, also where several optimizers share it
         whole = [full_tensor(factor.detach()) for factor, _ in matrices]
         _, gradients = orthonormality_gradients(
             whole, [rows for _, rows in matrices], config.ortho_eps, config.ortho_form
@@ -220,10 +222,12 @@ def _penalty_gradients(layers: list[nn.Module], group_of: GroupOf) -> Iterator[t
         for (factor, _), gradient in zip(matrices, gradients, strict=True):
             group = group_of(factor)
             assert group is not None
-            peak = float(group.get("initial_lr", group["lr"]))
-            check(peak > 0.0, "gamma", config.gamma, "0 where the peak learning rate is 0")
+            # OneCycleLR's initial_lr is where its warm-up starts; its peak is max_lr.
+            peak = max(float(group.get(name, 0.0)) for name in ("max_lr", "initial_lr", "lr"))
+            rule = "0 where the peak learning rate is 0 (a warm-up by hand gives the group an initial_lr)"
+            check(peak > 0.0, "gamma", config.gamma, rule)
             _warn_of_decay(group)
-            yield factor, gradient.mul_(config.gamma / (peak * len(matrices)))
+            yield factor, gradient.mul_(config.gamma / (peak * count))
 
 
 def _warn_of_decay(group: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in arguments
     if origin is not None:
-        return isinstance(origin, type) and isinstance(value, _stand_in(origin))
+        return isinstance(origin, type) and isinstance(value, _stand_in(origin)) and _holds(value, arguments)
     if hint is None or hint is type(None):
         return value is None
     if hint is float:  # a YAML or JSON integer is a float that happens to be whole
@@ -84,6 +84,14 @@ def _fits(value: object, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _holds(value: Any, arguments: tuple[Any, ...]) -> bool:
+    if isinstance(value, Mapping) and len(arguments) == 2:
+        return all(_fits(key, arguments[0]) and _fits(item, arguments[1]) for key, item in value.items())
+    if isinstance(value, list | set) and len(arguments) == 1:
+        return all(_fits(item, arguments[0]) for item in value)
+    return True
 
 
 def _stand_in(origin: type) -> type | tuple[type, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,27 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run an action on the first process, and raise on every process if it fails (a collective).
+
+    Raises:
+        OSError: The action failed with one; on the other processes with the first one's text.
+    """
+    failed: OSError | None = None
+    if is_main():
+        try:
+            action()
+        except OSError as error:
+            failed = error
+    texts: list[str | None] = [None if failed is None else str(failed)]
+    if is_distributed():
+        dist.broadcast_object_list(texts, src=0)
+    if failed is not None:
+        raise failed
+    if texts[0] is not None:
+        raise OSError(f"on the first process: {texts[0]}")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

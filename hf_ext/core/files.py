@@ -20,6 +20,8 @@ _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 def _failed(path: Path, error: OSError) -> OSError:
+    if isinstance(error.__cause__, OSError):  # a file within a folder: the folder is what the user named
+        error = error.__cause__
     reason = error.strerror or str(error)
     return type(error)(error.errno, f"cannot write {path}: {reason}; what was there before is unchanged")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,7 @@ from .dist import shard_like
 ParamGroup = dict[str, Any]
 # The optimizer's parameter group of a parameter, or None where this optimizer does not hold it.
 GroupOf = Callable[[nn.Parameter], ParamGroup | None]
-# Attribute of a parameter: its gradient, and that gradient's version, when the terms went in.
-_MARK = "_with_grad_terms"
+_MARK = "_with_grad_terms"  # attribute of a gradient: its version when the terms went in
 Gradients = Callable[[list[nn.Module], GroupOf], Iterable[tuple[nn.Parameter, Tensor]]]
 
 
@@ -55,7 +54,8 @@ class GradTerm:
     def watch(self, module: nn.Module) -> None:
         """Include a module from the next step on, for as long as it lives."""
         if not GradTerm.in_use:
-            register_optimizer_step_pre_hook(_before_step)
+            # Not traced: a compiled step would rebuild the list of watched modules, and wrongly.
+            register_optimizer_step_pre_hook(cast(Any, torch.compiler.disable(_before_step)))
         if self not in GradTerm.in_use:
             GradTerm.in_use.append(self)
         if all(known() is not module for known in self._watched):
@@ -90,14 +90,14 @@ class GradTerm:
         self, modules: list[nn.Module], optimizer: Optimizer, groups: dict[int, ParamGroup]
     ) -> None:
         # An engine that steps flat copies of the parameters would leave the term out without a word.
-        flat = any(
-            getattr(p, "_is_flat_param", False) for group in optimizer.param_groups for p in group["params"]
-        )
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        flat = {p.untyped_storage().data_ptr() for p in held if getattr(p, "_is_flat_param", False)}
         for module in modules:
             for parameter in self._parameters(module):
                 if not parameter.requires_grad or id(parameter) in groups or _has_terms(parameter):
                     continue
-                if flat or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+                inside = bool(flat) and parameter.untyped_storage().data_ptr() in flat
+                if inside or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
                     raise RuntimeError(
                         f"{self._title}: the optimizer steps flattened copies of parameters (DeepSpeed ZeRO "
                         "or FSDP1), where the term cannot be added; set its weight to 0, or use DDP or FSDP2"
@@ -132,12 +132,11 @@ def _apply_all(optimizer: Optimizer) -> None:
     for parameter in touched:
         grad = parameter.grad
         assert grad is not None
-        setattr(parameter, _MARK, (weakref.ref(grad), grad._version))
+        setattr(grad, _MARK, grad._version)
 
 
 def _has_terms(parameter: nn.Parameter) -> bool:
     # An optimizer that wraps another fires the hook twice for one step. A gradient that nobody has written to
     # since the terms went in holds them already.
-    known, version = getattr(parameter, _MARK, (None, -1))
     grad = parameter.grad
-    return known is not None and grad is not None and known() is grad and grad._version == version
+    return grad is not None and getattr(grad, _MARK, -1) == grad._version

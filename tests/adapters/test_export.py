@@ -56,12 +56,46 @@ def test_config_says_which_modules_and_ranks(tiny_llama: Any, tmp_path: Path) ->
     assert (tmp_path / "README.md").read_text().startswith("---\nlibrary_name: peft\n")
 
 
-def test_an_existing_export_is_replaced_whole(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "stale.txt").write_text("of an older export")
+def test_an_earlier_export_is_replaced_and_nothing_else_is(saved: Path, tmp_path: Path) -> None:
     export_to_lora(saved, tmp_path / "lora")
-    names = {path.name for path in (tmp_path / "lora").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    export_to_lora(saved, tmp_path / "lora")
+    (tmp_path / "lora" / "notes.txt").write_text("of a person")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    for out in (tmp_path / "lora", saved, tmp_path):
+        with pytest.raises(ValueError, match="out must be a new or empty folder, or an earlier export"):
+            export_to_lora(saved, out)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert (tmp_path / "lora" / "notes.txt").is_file()
+
+
+def test_tensors_that_are_not_finite_or_do_not_fit_are_named(saved: Path, tmp_path: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.sorsa_A"
+    for value, text in (
+        (
+            torch.full_like(tensors[name], float("nan")),
+            r"sorsa_A must be finite.*layers\.1\.self_attn\.q_proj",
+        ),
+        (torch.ones(3, 64), r"sorsa_A must be of the config's rank 4.*layers\.1\.self_attn\.q_proj"),
+        (torch.ones(4, 60), r"layers\.1\.self_attn\.q_proj: the adapter's tensors do not fit together"),
+    ):
+        save_file({**tensors, name: value}, path)
+        with pytest.raises(ValueError, match=text):
+            export_to_lora(saved, tmp_path / "lora")
+
+
+def test_auto_model_loads_an_export_without_a_task_type(tiny_llama: Any, tmp_path: Path) -> None:
+    from peft import AutoPeftModel
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, SorsaConfig(r=4, target_modules=["q_proj"]))
+    export_to_lora(model, tmp_path / "lora")
+    assert (
+        type(AutoPeftModel.from_pretrained(tmp_path / "lora").get_base_model()).__name__ == "LlamaForCausalLM"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, -1])

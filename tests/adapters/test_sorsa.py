@@ -492,7 +492,7 @@ def test_save_without_basis(base_mode: str, low_cpu_mem_usage: bool, tiny_llama:
     )
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     torch.testing.assert_close(logits(loaded), logits(adapted), atol=1e-6, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"basis_fingerprint.*not the base model"):
+    with pytest.raises(ValueError, match=r"fingerprint.*not the base model"):
         PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     with pytest.raises(ValueError, match="save_basis=False is exported from the loaded model"):
         export_to_lora(tmp_path, tmp_path / "lora")
@@ -502,7 +502,7 @@ def test_save_without_basis(base_mode: str, low_cpu_mem_usage: bool, tiny_llama:
 #  --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_iter", [0, 1, 5])
+@pytest.mark.parametrize("n_iter", [0, 1, 4, 9])
 @pytest.mark.parametrize("alpha", [None, 32.0])
 def test_start_is_exact_whatever_the_decompositions_quality(n_iter: int, alpha: float | None) -> None:
     weight = torch.randn(300, 200)
@@ -576,3 +576,236 @@ def test_engines_that_step_copies_are_refused_only_with_a_penalty(mark: str) -> 
             assert float(copy_of_all.detach().sum()) < 0
         del model, layer
         gc.collect()
+
+
+# States that must stay consistent --------------------------------------------------
+
+
+def test_adding_a_reference_as_trl_does(tiny_llama: Any) -> None:
+    # DPO, GRPO and KTO trainers give the very config object of the trained adapter to their reference.
+    adapted = get_peft_model(tiny_llama(), SorsaConfig(r=4, target_modules="all-linear"))
+    adapted.add_adapter("ref", adapted.peft_config["default"])
+    steps(adapted, 2)
+    adapted.set_adapter("ref")
+    torch.testing.assert_close(logits(adapted), logits(tiny_llama()), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base_mode", ["projected", "residual"])
+def test_failed_injection_leaves_the_weights(base_mode: str, tiny_llama: Any) -> None:
+    model = tiny_llama()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="r must be at most 32"):
+        get_peft_model(model, SorsaConfig(r=40, base_mode=base_mode, target_modules="all-linear"))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_refused_load_leaves_the_weights(tiny_llama: Any, tmp_path: Path) -> None:
+    config = SorsaConfig(r=4, base_mode="residual", save_basis=False, target_modules=["q_proj", "up_proj"])
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    other = get_peft_model(tiny_llama(seed=1), copy.deepcopy(config))
+    expected = logits(other)
+    with pytest.raises(ValueError, match="not the base model"):
+        other.load_adapter(tmp_path, "default")  # onto an existing adapter, as a Trainer resumes
+    assert torch.equal(logits(other), expected)
+
+
+@pytest.mark.parametrize("first", ["all-linear", ["q_proj"]])
+def test_residual_beside_an_adapter_with_other_targets(first: Any, tiny_llama: Any) -> None:
+    second = ["q_proj"] if first == "all-linear" else "all-linear"
+    adapted = get_peft_model(tiny_llama(), SorsaConfig(r=8, base_mode="residual", target_modules=first))
+    steps(adapted, 2)
+    adapted.add_adapter("second", SorsaConfig(r=4, target_modules=second))
+    adapted.set_adapter("second")
+    steps(adapted, 2)
+    expected = logits(adapted)
+    adapted.base_model.set_adapter(["second"])
+    assert torch.equal(logits(adapted), expected)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_unknown_names_to_merge_are_refused(tiny_llama: Any) -> None:
+    adapted = residual_model(tiny_llama())
+    for call in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(ValueError, match="adapter_names 'defualt' is unknown; did you mean 'default'"):
+            call(adapter_names=["defualt"])
+
+
+def test_refused_safe_merge_and_unload_leaves_every_layer(tiny_llama: Any) -> None:
+    adapted = residual_model(tiny_llama())
+    steps(adapted, 2)
+    expected = logits(adapted)
+    layer = [m for m in adapted.modules() if isinstance(m, SorsaLinear)][6]
+    kept = layer.sorsa_S["default"].data.clone()
+    layer.sorsa_S["default"].data[0] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        adapted.merge_and_unload(safe_merge=True)
+    layer.sorsa_S["default"].data.copy_(kept)
+    assert torch.equal(logits(adapted), expected)
+
+
+def test_safe_merge_sees_what_overflows_in_the_bases_dtype(tiny_llama: Any) -> None:
+    config = SorsaConfig(r=4, target_modules=["q_proj"])
+    adapted = get_peft_model(tiny_llama(dtype=torch.float16), config)
+    layer = next(m for m in adapted.modules() if isinstance(m, SorsaLinear))
+    layer.sorsa_S["default"].data *= 1e7
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        adapted.merge_adapter(safe_merge=True)
+
+
+@pytest.mark.parametrize("gamma", [4e-4, 0.0])
+def test_trained_model_pickles(gamma: float, tiny_llama: Any) -> None:
+    adapted = get_peft_model(tiny_llama(), SorsaConfig(r=4, gamma=gamma, target_modules=["q_proj"]))
+    steps(adapted, 1)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(adapted))), logits(adapted))
+
+
+def test_compiled_optimizer_steps_apply_the_penalty() -> None:
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(4)
+        model, layer = skewed(gamma=0.05)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            (model(torch.zeros(1, 5)) * 0).sum().backward()
+            step()
+            optimizer.zero_grad()
+        ends.append(layer.sorsa_A["default"].detach().clone())
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_trained_tensors_cast_as_trl_casts_them_still_run(tiny_llama: Any) -> None:
+    adapted = get_peft_model(tiny_llama(), SorsaConfig(r=4, target_modules="all-linear"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    torch.testing.assert_close(logits(adapted), logits(tiny_llama()), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("scheduler", ["one-cycle", "constant"])
+def test_one_cycle_schedules_peak_at_their_maximum(scheduler: str) -> None:
+    model, layer = skewed(gamma=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if scheduler == "one-cycle":
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
+    rate = optimizer.param_groups[0]["lr"]
+    expected = penalty_step(layer, lr=0.1, gamma=0.01)["sorsa_A"] * rate / 0.1
+    before = layer.sorsa_A["default"].detach().clone()
+    (model(torch.zeros(1, 5)) * 0).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(before - layer.sorsa_A["default"].detach(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_optimizers_that_share_an_adapter_keep_its_mean() -> None:
+    moved = []
+    for shared in (False, True):
+        torch.manual_seed(4)
+        model, layer = skewed(gamma=0.05)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [[p] for p in parameters] if shared else [parameters]
+        (model(torch.zeros(1, 5)) * 0).sum().backward()
+        for group in groups:
+            torch.optim.SGD(group, lr=0.1).step()
+        moved.append(layer.sorsa_A["default"].detach().clone())
+    torch.testing.assert_close(moved[0], moved[1])
+
+
+def test_one_config_object_does_not_tie_two_models() -> None:
+    config = SorsaConfig(r=3, gamma=0.05, target_modules=["lin"])
+    torch.manual_seed(4)
+    models = [get_peft_model(OneLayer(torch.randn(6, 5)), config) for _ in range(2)]
+    layer = models[0].base_model.model.lin
+    layer.sorsa_A["default"].data += 0.3
+    expected = penalty_step(layer, lr=0.1, gamma=0.05)["sorsa_A"]
+    before = layer.sorsa_A["default"].detach().clone()
+    torch.optim.SGD([p for m in models for p in m.parameters()], lr=0.1).step()
+    torch.testing.assert_close(before - layer.sorsa_A["default"].detach(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_disabled_adapter_gets_no_penalty() -> None:
+    model, layer = skewed(gamma=0.05)
+    before = layer.sorsa_A["default"].detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with model.disable_adapter():
+        optimizer.step()
+    assert torch.equal(layer.sorsa_A["default"], before)
+
+
+def test_adding_to_a_merged_model_starts_from_its_base(tiny_llama: Any) -> None:
+    adapted = get_peft_model(tiny_llama(), SorsaConfig(r=4, target_modules=["q_proj"]))
+    steps(adapted, 2)
+    adapted.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerging it to add an adapter"):
+        adapted.add_adapter("second", SorsaConfig(r=4, base_mode="residual", target_modules=["q_proj"]))
+    adapted.set_adapter("second")
+    torch.testing.assert_close(logits(adapted), logits(tiny_llama()), atol=1e-5, rtol=1e-5)
+    fresh = get_peft_model(tiny_llama(), SorsaConfig(r=4, target_modules=["q_proj"]))
+    for old, new in zip(
+        (m for m in adapted.modules() if isinstance(m, SorsaLinear)),
+        (m for m in fresh.modules() if isinstance(m, SorsaLinear)),
+        strict=True,
+    ):
+        assert torch.equal(old.sorsa_U["second"], new.sorsa_U["default"])
+
+
+def test_second_start_beside_a_residual_is_that_of_the_original_weight(tiny_llama: Any) -> None:
+    adapted = residual_model(tiny_llama())
+    adapted.add_adapter("second", SorsaConfig(r=4, target_modules="all-linear"))
+    fresh = get_peft_model(tiny_llama(), SorsaConfig(r=4, target_modules="all-linear"))
+    for old, new in zip(
+        (m for m in adapted.modules() if isinstance(m, SorsaLinear)),
+        (m for m in fresh.modules() if isinstance(m, SorsaLinear)),
+        strict=True,
+    ):
+        torch.testing.assert_close(old.sorsa_S["second"], new.sorsa_S["default"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_casting_the_model_casts_what_is_restored(merge: bool, tiny_llama: Any) -> None:
+    adapted = residual_model(tiny_llama())
+    if merge:
+        adapted.merge_adapter()
+    adapted.to(torch.bfloat16)
+    if merge:
+        adapted.unmerge_adapter()
+    base = adapted.unload()
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+    expected = logits(tiny_llama(dtype=torch.bfloat16))
+    torch.testing.assert_close(logits(base), expected, atol=5e-2, rtol=5e-2)
+
+
+def test_original_weight_is_let_go_at_the_first_forward(tiny_llama: Any) -> None:
+    adapted = residual_model(tiny_llama())
+    layers = [m for m in adapted.modules() if isinstance(m, SorsaLinear)]
+    assert all(layer._original is not None for layer in layers)
+    logits(adapted)
+    assert all(layer._original is None for layer in layers)
+
+
+def test_residual_loaded_by_transformers(tiny_llama: Any, tmp_path: Path) -> None:
+    adapted = residual_model(tiny_llama(), seed=9, n_iter=0, oversample=0)
+    steps(adapted, 3)
+    adapted.save_pretrained(tmp_path)
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(logits(loaded), logits(adapted))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("gamma", float("inf"), ValueError),
+        ("rank_pattern", {"q_proj": 2.5}, TypeError),
+        ("target_modules", [1], TypeError),
+        ("r", "eight", TypeError),
+    ],
+)
+def test_settings_are_named_when_they_do_not_fit(field: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=field):
+        SorsaConfig(**{field: value})
+
+
+def test_text_that_spells_a_number_is_one() -> None:
+    config = SorsaConfig(r="8", gamma="1e-3", dropout="0.1", seed="3")  # type: ignore[arg-type]
+    assert (config.r, config.gamma, config.dropout, config.seed) == (8, 1e-3, 0.1, 3)

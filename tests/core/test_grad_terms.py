@@ -354,7 +354,7 @@ def test_fused_adam_under_a_scaler_steps_as_the_plain_one(term: GradTerm) -> Non
 
 
 def flat_optimizer(toy: Toy, mark: str) -> Optimizer:
-    flat = nn.Parameter(toy.w.detach().clone())
+    flat = nn.Parameter(toy.w.detach().view(-1))  # FSDP1's flat parameter holds the others' storage
     if mark == "_is_flat_param":
         flat._is_flat_param = True  # pyright: ignore[reportAttributeAccessIssue]
     else:
