@@ -1,6 +1,6 @@
 """SORSA against PEFT LoRA at equal rank on the embedded model: held-out loss after equal steps.
 
-Run: python benchmarks/sorsa_vs_lora.py [--steps 100] [--seeds 3] [--out docs/assets/sorsa_vs_lora]
+Run: python benchmarks/sorsa_vs_lora.py [--steps 80] [--seeds 3] [--out docs/assets/sorsa_vs_lora]
 
 Task: source -> docstring of Python's standard library (`hf_ext.data.load_docstrings`). Each method's learning
 rate is chosen from one stated grid by the loss on the validation split; the losses reported are those of the
@@ -148,7 +148,7 @@ def plot(path: Path, curves: dict[str, list[dict[str, Any]]], steps: int) -> Non
 def main() -> None:
     """Tune, run, and write table, JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/assets/sorsa_vs_lora"))

@@ -544,7 +544,7 @@ not of noise. It writes text that looks like Python; it is of no other use.
   of Python {report["python"]}; {tokens / 1e6:.0f} M tokens seen ({report["epochs"]:.1f} passes) in
   {report["minutes"]:.0f} minutes on one CPU thread.
   {report["settings"]["pair_ratio"]:.0%} of the windows hold functions followed by their docstrings, the
-  form of `hf_ext.data.load_docstrings`, so the model knows that task a little.
+  form of `hf_ext.data.docstring_pairs`, so the model knows that task a little.
 - `validation` and `test` modules (`hf_ext.data.split_of`) are not in the training text, nor are functions
   that stand in them verbatim.
 

@@ -39,6 +39,11 @@ SPLITS = ("train", "validation", "test")
 PROMPT_END = '\n"""\n'
 COMPLETION_END = '\n"""'
 
+# The form of the fine-tuning task. The embedded model has read its training modules in the plain form above; a
+# form that it has not met leaves fine-tuning something to learn, as with a base model and a chat template.
+TASK_FORM = "### Function\n{source}\n\n### What it does\n"
+TASK_END = "\n### End"
+
 # Shares in per cent of the hash range. The salt was chosen once, by the sizes and names of the modules that
 # fall on each side alone, so that about a tenth of the bytes is held out and no package dominates them.
 _SALT = "hf_ext/26/"
@@ -224,7 +229,10 @@ def load_docstrings(
     max_docstring_chars: int = 600,
     max_source_chars: int = 1200,
 ) -> Dataset:
-    """Return the source -> docstring pairs of a split as a data set, ready for TRL's trainers.
+    """Return the source -> docstring task of a split as a data set, ready for TRL's trainers.
+
+    A prompt is `TASK_FORM` with the function's source (without the docstring), a completion the docstring and
+    `TASK_END`.
 
     Args:
         split: "train", "validation" or "test".
@@ -248,8 +256,14 @@ def load_docstrings(
             max_source_chars=max_source_chars,
         )
     )
-    columns = ("prompt", "completion", "module", "qualname")
-    return Dataset.from_dict({column: [getattr(pair, column) for pair in pairs] for column in columns})
+    return Dataset.from_dict(
+        {
+            "prompt": [TASK_FORM.format(source=pair.prompt.removesuffix(PROMPT_END)) for pair in pairs],
+            "completion": [pair.completion.removesuffix(COMPLETION_END) + TASK_END for pair in pairs],
+            "module": [pair.module for pair in pairs],
+            "qualname": [pair.qualname for pair in pairs],
+        }
+    )
 
 
 def _corpus_text(split: str) -> Iterator[CorpusFile]:

@@ -229,7 +229,11 @@ def test_a_second_string_is_not_taken_for_code(describe: Callable[[str], list[st
 def test_dataset_columns_and_rows() -> None:
     dataset = load_docstrings("validation")
     assert dataset.column_names == ["prompt", "completion", "module", "qualname"]
-    assert dataset.to_list() == [vars(pair) for pair in _pairs("validation")]
+    for row, pair in zip(dataset, _pairs("validation"), strict=True):
+        source, docstring = pair.prompt.removesuffix(PROMPT_END), pair.completion.removesuffix(COMPLETION_END)
+        assert row["prompt"] == f"### Function\n{source}\n\n### What it does\n"
+        assert row["completion"] == f"{docstring}\n### End"
+        assert (row["module"], row["qualname"]) == (pair.module, pair.qualname)
     assert len(dataset) > 200
 
 
