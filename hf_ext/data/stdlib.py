@@ -39,8 +39,8 @@ SPLITS = ("train", "validation", "test")
 PROMPT_END = '\n"""\n'
 COMPLETION_END = '\n"""'
 
-# The form of the fine-tuning task. The embedded model has read its training modules in the plain form above; a
-# form that it has not met leaves fine-tuning something to learn, as with a base model and a chat template.
+# The form of the fine-tuning task. The embedded model has read its training modules in the plain form above;
+# a form that it has not met leaves fine-tuning something to learn, as a chat template does for a base model.
 TASK_FORM = "### Function\n{source}\n\n### What it does\n"
 TASK_END = "\n### End"
 
