@@ -33,7 +33,7 @@ from hf_ext.data import load_docstrings
 
 MODEL = Path(hf_ext.__file__).parent / "assets" / "tiny-llama"
 RANK = 16
-GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3)
 SMALL_RATE = 3e-4  # the shared small rate at which the paper's kind of start should show
 METHODS = ("lora", "sorsa")
 LONGEST = 256  # tokens

@@ -161,8 +161,10 @@ def test_modules_to_save(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> N
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert torch.equal(logits(loaded), logits(adapted))
-    with adapted.disable_adapter():
-        assert not torch.equal(loaded.base_model.model.lm_head.weight, tiny_llama().lm_head.weight)
+    start = get_peft_model(tiny_llama(), settings(info, modules_to_save=["lm_head"]))
+    assert not torch.equal(loaded.base_model.model.lm_head.weight, start.base_model.model.lm_head.weight)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(tiny_llama()))
 
 
 @pytest.mark.parametrize("info", ADAPTERS)
@@ -679,10 +681,12 @@ def test_unknown_field_is_named(info: MethodInfo) -> None:
 def test_rank_above_a_layer_is_refused_and_the_model_left_alone(info: MethodInfo, tiny_llama: Any) -> None:
     model = tiny_llama()
     before = [(name, type(module)) for name, module in model.named_modules()]
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
     # Only the last layers are too small: those injected before them must go again.
     with pytest.raises(ValueError, match=r"r must be at most 32.*k_proj"):
         get_peft_model(model, settings(info, r=40))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     get_peft_model(model, settings(info))
 
 
