@@ -92,6 +92,7 @@ class PrincipalLinear(AdapterLinear):
         # Kept until the first forward, so that a checkpoint loaded right after injection starts from exact
         # weights.
         self._original: Any = None
+        self._written: tuple[int, ...] = ()  # which basis the residual was written for
         self.register_load_state_dict_pre_hook(_remember_basis)
         self.register_load_state_dict_post_hook(_refresh_basis)
 
@@ -221,9 +222,15 @@ class PrincipalLinear(AdapterLinear):
         transformers' `load_adapter` sets parameters without `load_state_dict`.
         """
         name = self.residual_of
-        if name is not None and not torch.compiler.is_compiling() and not dist.is_distributed():
+        if torch.compiler.is_compiling() or dist.is_distributed() or name is None:
+            self._original = None
+            return
+        if self._state_of(name) != self._written:
             self._write_base(self._original, -1.0, *self.basis(name))
         self._original = None
+
+    def _state_of(self, name: str) -> tuple[int, ...]:
+        return tuple(number for tensor in self.basis(name) for number in (id(tensor), tensor._version))
 
     def stored_delta(self, names: Sequence[str]) -> Tensor:
         """Return what turns the stored base weight into the merged one, fp32."""
@@ -247,6 +254,7 @@ class PrincipalLinear(AdapterLinear):
                 self._original = self.base_parameter().data
                 self.residual_of = name
                 self._write_base(self._original, -1.0, *self.basis(name))
+                self._written = self._state_of(name)
 
     def _write_base(self, weight: Tensor, sign: float, u: Tensor, c: Tensor) -> None:
         check(
@@ -305,6 +313,7 @@ def _refresh_basis(module: nn.Module, _: object) -> None:
     else:
         base = layer._original
     layer._write_base(base, -1.0, u, c)
+    layer._written = layer._state_of(layer.residual_of)
 
 
 class PrincipalModel(AdapterModel):
