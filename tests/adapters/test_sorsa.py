@@ -627,8 +627,8 @@ def test_residual_beside_an_adapter_with_other_targets(first: Any, tiny_llama: A
 def test_unknown_names_to_merge_are_refused(tiny_llama: Any) -> None:
     adapted = residual_model(tiny_llama())
     for call in (adapted.merge_adapter, adapted.merge_and_unload):
-        with pytest.raises(ValueError, match="adapter_names 'defualt' is unknown; did you mean 'default'"):
-            call(adapter_names=["defualt"])
+        with pytest.raises(ValueError, match="adapter_names 'defaults' is unknown; did you mean 'default'"):
+            call(adapter_names=["defaults"])
 
 
 def test_refused_safe_merge_and_unload_leaves_every_layer(tiny_llama: Any) -> None:
