@@ -335,8 +335,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Remove one adapter; the last one to go leaves the layer a plain base layer."""
         super().delete_adapter(adapter_name)
 
-    # Base weight
-    #  ----------------------------------------------------------------------------------------------
+    # Base weight ----------------------------------------------------------------------------------
 
     def base_weight(self) -> Tensor:
         """Return the stored base weight, dequantized and gathered, fp32, (out_features, in_features).
@@ -359,8 +358,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Return the weight of an unquantized base layer, in its own layout and dtype."""
         return cast(Tensor, self.get_base_layer().weight)
 
-    # Merging
-    #  ----------------------------------------------------------------------------------------------
+    # Merging --------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update in the base layer's own layout, as PEFT's LoRA conversion asks for it."""
@@ -446,8 +444,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 self.delete_adapter(name)
         return self.get_base_layer()
 
-    # Forward
-    #  ----------------------------------------------------------------------------------------------
+    # Forward --------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus that of the active adapters, in the base output's dtype."""
@@ -512,8 +509,7 @@ class AdapterModel(BaseTuner):
             "base_model",
             "model",
         }
-        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems to be another
-        # adapter's.
+        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems another's.
         check(adapter_name not in parts, "adapter_name", adapter_name, "no part of a module path")
         check(adapter_name not in self.prefix, "adapter_name", adapter_name, f"no part of {self.prefix!r}")
         # A copy: PEFT writes into it, and one object given for two adapters or models must not tie them.

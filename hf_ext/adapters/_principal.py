@@ -16,6 +16,7 @@ Differs from the paper and from PEFT's PiSSA:
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -89,8 +90,7 @@ class PrincipalLinear(AdapterLinear):
         # Name of the adapter whose U C is missing from the stored base weight.
         self.residual_of: str | None = None
         self._basis_before_load: tuple[Tensor, Tensor] | None = None
-        # Kept until the first forward, so that a checkpoint loaded right after injection starts from exact
-        # weights.
+        # Kept until the first forward: a checkpoint loaded right after injection starts from exact weights.
         self._original: Any = None
         self._written: tuple[int, ...] = ()  # which basis the residual was written for
         self.register_load_state_dict_pre_hook(_remember_basis)
@@ -98,25 +98,23 @@ class PrincipalLinear(AdapterLinear):
 
     # What a method supplies ------------------------------------------------------------------------
 
+    @abstractmethod
     def start(self, svd: TruncatedSVD, scale: float) -> dict[str, Tensor]:
         """Return the trained tensors with scale * (their product) = u diag(s) vh."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def trained_factors(cls, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
         """Return B (out_features, r) and A (r, in_features) of the trained part, scale included."""
-        raise NotImplementedError
 
-    # Start
-    #  ----------------------------------------------------------------------------------------------
+    # Start ----------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Create one adapter's tensors.
 
         Raises:
             ValueError: The settings do not fit, the base weight is not finite, or a second adapter asks for
-            the
-                residual mode.
+                the residual mode.
         """
         config = cast(PrincipalConfig, config)
         if config.base_mode == "residual":
@@ -154,8 +152,7 @@ class PrincipalLinear(AdapterLinear):
         )
         u, c = self.basis_names
         values = self.start(svd, config.scale_of(self.module_name))
-        # u^T W0 = diag(s) vh holds whatever the quality of the decomposition, so the start cancels to
-        # rounding.
+        # u^T W0 = diag(s) vh whatever the quality of the decomposition: the start cancels to rounding.
         return {**values, u: svd.u, c: svd.s[:, None] * svd.vh}
 
     def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
@@ -183,8 +180,7 @@ class PrincipalLinear(AdapterLinear):
         u, c = self.basis_names
         return getattr(self, u)[name], getattr(self, c)[name]
 
-    # Maths
-    #  ----------------------------------------------------------------------------------------------
+    # Maths ----------------------------------------------------------------------------------------
 
     @classmethod
     def factors(cls, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
@@ -202,9 +198,9 @@ class PrincipalLinear(AdapterLinear):
         # The basis keeps fp32 where a trainer has cast what is trained.
         return out - self.low_rank(self._cast_input_dtype(x, c.dtype), c, u)
 
+    @abstractmethod
     def forward_trained(self, x: Tensor, name: str) -> Tensor:
         """Return the trained part's output for x, already dropped out."""
-        raise NotImplementedError
 
     def add_inactive(self, out: Tensor, x: Tensor, active: Sequence[str]) -> Tensor:
         """Put U C x back where the adapter that wrote its residual is not active."""
@@ -236,8 +232,7 @@ class PrincipalLinear(AdapterLinear):
         """Return what turns the stored base weight into the merged one, fp32."""
         return super().stored_delta(names) + self._taken_out()
 
-    # The residual in the base
-    #  ----------------------------------------------------------------------------------------------
+    # The residual in the base ---------------------------------------------------------------------
 
     def _taken_out(self) -> Tensor | float:
         if self.residual_of is None:

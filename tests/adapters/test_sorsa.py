@@ -55,8 +55,7 @@ def steps(model: nn.Module, count: int, lr: float = 1e-2) -> None:
         optimizer.zero_grad()
 
 
-# The hand-computed case and the identities
-#  --------------------------------------------------------------------------------------------------
+# The hand-computed case and the identities --------------------------------------------------------
 
 
 def test_penalty_of_the_hand_computed_case() -> None:
@@ -174,8 +173,7 @@ def test_training_follows_the_reference(alpha: float | None, base_mode: str) -> 
     torch.testing.assert_close(layer.sorsa_S["default"], reference.sigma, atol=2e-4, rtol=1e-3)
 
 
-# The penalty in any loop
-#  --------------------------------------------------------------------------------------------------
+# The penalty in any loop --------------------------------------------------------------------------
 
 
 def penalty_step(layer: SorsaLinear, lr: float, gamma: float) -> dict[str, Tensor]:
@@ -359,8 +357,7 @@ def test_trainer_applies_the_penalty_after_clipping(
     )
 
 
-# Base modes
-#  --------------------------------------------------------------------------------------------------
+# Base modes ---------------------------------------------------------------------------------------
 
 
 def test_residual_and_projected_agree_after_training(tiny_llama: Any) -> None:
@@ -476,8 +473,7 @@ def test_residual_merge_and_export(tiny_llama: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
 
 
-# Saving without the basis
-#  --------------------------------------------------------------------------------------------------
+# Saving without the basis -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base_mode", ["projected", "residual"])
@@ -498,8 +494,7 @@ def test_save_without_basis(base_mode: str, low_cpu_mem_usage: bool, tiny_llama:
         export_to_lora(tmp_path, tmp_path / "lora")
 
 
-# Starts
-#  --------------------------------------------------------------------------------------------------
+# Starts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_iter", [0, 1, 4, 9])

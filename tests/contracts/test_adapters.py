@@ -67,8 +67,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {layer.module_name: layer.get_base_layer().weight.detach().clone() for layer in layers_of(model)}
 
 
-# Start and training
-#  --------------------------------------------------------------------------------------------------
+# Start and training -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", STARTS_AT_BASE)
@@ -117,8 +116,7 @@ def test_every_linear_layer_but_the_head_is_adapted(info: MethodInfo, tiny_llama
     assert type(adapted.base_model.model.lm_head) is nn.Linear
 
 
-# Choosing layers
-#  --------------------------------------------------------------------------------------------------
+# Choosing layers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", ADAPTERS)
@@ -184,8 +182,7 @@ def test_sequence_classification(info: MethodInfo, tiny_llama: Any, tmp_path: Pa
     assert torch.equal(logits(loaded), logits(adapted))
 
 
-# Saving and loading
-#  --------------------------------------------------------------------------------------------------
+# Saving and loading -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", ADAPTERS)
@@ -285,8 +282,7 @@ def test_config_round_trip(info: MethodInfo, tmp_path: Path) -> None:
     json.loads((tmp_path / "adapter_config.json").read_text())
 
 
-# Disabling, several adapters
-#  --------------------------------------------------------------------------------------------------
+# Disabling, several adapters ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", ADAPTERS)
@@ -343,8 +339,7 @@ def test_mixed_batches_are_refused(info: MethodInfo, tiny_llama: Any) -> None:
         adapted(input_ids=IDS, adapter_names=["default", "__base__"])
 
 
-# Merging
-#  --------------------------------------------------------------------------------------------------
+# Merging ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", MERGES)
@@ -430,8 +425,7 @@ def test_delta_weight_is_what_forward_adds(info: MethodInfo, tiny_llama: Any) ->
         torch.testing.assert_close(added.T, layer.delta_weight("default"), atol=1e-5, rtol=1e-4)
 
 
-# Export
-#  --------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", EXPORTS)
@@ -533,8 +527,7 @@ def test_failed_export_leaves_the_old_one(
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
-# Conv1D, dtypes, compile, checkpointing, Trainer
-#  --------------------------------------------------------------------------------------------------
+# Conv1D, dtypes, compile, checkpointing, Trainer --------------------------------------------------
 
 
 @pytest.mark.parametrize("info", CONV1D)
@@ -656,8 +649,7 @@ def test_trainer(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(adapted))
 
 
-# Bad input
-#  --------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
