@@ -134,7 +134,7 @@ def test_a_type_that_peft_ships_stays_in_place() -> None:
     assert compat.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is own
 
 
-def test_the_prefix_of_a_type_is_its_name() -> None:
+def test_the_prefix_of_a_type_is_its_tuners() -> None:
     import hf_ext.adapters  # noqa: F401
 
     assert compat.PEFT_TYPE_TO_PREFIX_MAPPING[PeftType("SORSA")] == "sorsa_"

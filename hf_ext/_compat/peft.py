@@ -81,7 +81,7 @@ def add_peft_type(name: str, config: type[PeftConfig], model: type[BaseTuner]) -
     peft_type = extend_enum(PeftType, name.upper(), name.upper())
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
         return False
-    register_peft_method(name=name, config_cls=config, model_cls=model)
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)
     return True
 
 

@@ -42,7 +42,7 @@ from ..core import dist
 from ..core.checks import check, check_fields, refuse_unknown
 from ..core.files import tensor_header
 from ..core.lowrank import seeded
-from ..core.registry import MethodInfo, register
+from ..core.registry import MethodInfo, Variant, register
 
 T = TypeVar("T")
 LayerT = TypeVar("LayerT", bound="type[AdapterLinear]")
@@ -144,6 +144,30 @@ class AdapterConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
+@dataclass
+class ScaledConfig(AdapterConfig):
+    """Settings of an adapter whose update is multiplied by alpha / r, beside those of every adapter.
+
+    Args:
+        alpha: Numerator of the scale alpha / r, > 0; None for a scale of 1.
+        alpha_pattern: alpha by module name or regular expression, where it differs.
+    """
+
+    alpha: float | None = None
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Check the scale's fields."""
+        check(self.alpha is None or self.alpha > 0.0, "alpha", self.alpha, "None or positive")
+        for pattern, alpha in self.alpha_pattern.items():
+            check(alpha > 0.0, f"alpha_pattern[{pattern!r}]", alpha, "positive")
+
+    def scale_of(self, module: str) -> float:
+        """Return alpha / r for one module path; 1 without an alpha."""
+        alpha = self.value_for(module, self.alpha_pattern, self.alpha)
+        return 1.0 if alpha is None else alpha / self.rank_of(module)
+
+
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear, Conv1D or a quantized one) with named adapters beside it.
 
@@ -215,6 +239,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             weight: fp32 base weight (out_features, in_features), or None unless `needs_base_at_init`.
         """
 
+    def check_rank(self, r: int, config: Any) -> None:
+        """Check that a rank, with the settings that go with it, fits this layer.
+
+        Raises:
+            ValueError: It does not; the text names the field and the layer.
+        """
+        limit = min(self.in_features, self.out_features)
+        check(r <= limit, "r", r, f"at most {limit}, the layer's smaller side", where=self.module_name)
+
     def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
         """Return a start that changes the output: normal, standard deviation 1 / sqrt(last axis)."""
         generator = seeded(config.seed, self.module_name)
@@ -272,8 +305,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             warnings.warn(f"{self.module_name} is merged; unmerging it to add an adapter", stacklevel=2)
             self.unmerge()
         r = config.rank_of(self.module_name)
-        limit = min(self.in_features, self.out_features)
-        check(r <= limit, "r", r, f"at most {limit}, the layer's smaller side", where=self.module_name)
+        self.check_rank(r, config)
         shapes = self.shapes(r, config)
         values = self._values(r, config)
         device = self._base_device()
@@ -683,18 +715,23 @@ def register_adapter(
     supports: Iterable[str] = (),
     test_kwargs: Mapping[str, object] | None = None,
     bad_kwargs: Iterable[Mapping[str, object]] = (),
+    variants: Iterable[Variant] = (),
+    prefix: str | None = None,
     model: type[AdapterModel] = AdapterModel,
 ) -> Callable[[LayerT], LayerT]:
     """Register a layer class as an adapter method, here and with PEFT.
 
     Args:
-        name: Lower-case name; the PEFT type is its upper case and the prefix of its tensors is name + "_".
+        name: Lower-case name; the PEFT type is its upper case.
         config: The settings class.
         summary: One line of what a user gets.
         paper: Identifier, or None.
-        supports: Flags: "starts_at_base", "merge", "lora_export", "multi_adapter", "conv1d", "quantized".
+        supports: Flags: "starts_at_base", "exact_base" (disabled, it is the base bit for bit), "merge",
+            "lora_export", "multi_adapter" (several of one form on one layer), "conv1d", "quantized".
         test_kwargs: Smallest settings for the contract suite.
         bad_kwargs: Settings to be refused.
+        variants: Further forms of the method for the contract suite.
+        prefix: What the names of its tensors begin with; None for name + "_".
         model: Base of the tuner class that is made.
 
     Raises:
@@ -707,7 +744,7 @@ def register_adapter(
             f"{stem}Model",
             (model,),
             {
-                "prefix": f"{name}_",
+                "prefix": prefix or f"{name}_",
                 "tuner_layer_cls": layer,
                 "__module__": layer.__module__,
                 "__doc__": f"PEFT tuner of `{stem}Linear` layers.",
@@ -726,6 +763,7 @@ def register_adapter(
                 supports=frozenset(supports),
                 test_kwargs=dict(test_kwargs or {}),
                 bad_kwargs=tuple(bad_kwargs),
+                variants=tuple(variants),
             )
         )
         if not add_peft_type(name, config, tuner):

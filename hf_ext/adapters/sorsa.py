@@ -35,7 +35,9 @@ from ..core.checks import check, check_choice
 from ..core.dist import full_tensor
 from ..core.grad_terms import GradTerm, GroupOf
 from ..core.lowrank import TruncatedSVD
+from ..core.registry import Variant
 from ._base import register_adapter
+from ._offset import RESIDUAL_LACKS
 from ._principal import PrincipalConfig, PrincipalLinear, PrincipalModel
 
 __all__ = ["SorsaConfig", "orthonormality"]
@@ -73,8 +75,9 @@ class SorsaConfig(PrincipalConfig):
     model=PrincipalModel,
     summary="leading singular triplets, trained with the factors held near orthonormal",
     paper="arXiv:2409.00055",
-    supports={"starts_at_base", "merge", "lora_export", "multi_adapter", "conv1d", "quantized"},
+    supports={"starts_at_base", "exact_base", "merge", "lora_export", "multi_adapter", "conv1d", "quantized"},
     test_kwargs={"r": 4},
+    variants=(Variant(name="residual", test_kwargs={"base_mode": "residual"}, lacks=RESIDUAL_LACKS),),
     bad_kwargs=(
         {"r": 0},
         {"alpha": 0.0},
@@ -96,7 +99,7 @@ class SorsaLinear(PrincipalLinear):
 
     adapter_layer_names = ("sorsa_A", "sorsa_S", "sorsa_B")
     adapter_frozen_names = ("sorsa_U", "sorsa_C")
-    basis_names = ("sorsa_U", "sorsa_C")
+    offset_names = ("sorsa_U", "sorsa_C")
 
     sorsa_A: nn.ParameterDict
     sorsa_S: nn.ParameterDict

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from .checks import check_choice, refuse_unknown
@@ -13,6 +13,21 @@ KINDS = ("adapter", "callback", "trainer", "optimizer", "merge")
 
 def _no_settings() -> Mapping[str, object]:
     return MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A form of a method that differs enough to be put through the contract suite by itself.
+
+    Args:
+        name: What the form is called in test names.
+        test_kwargs: Settings that choose it, laid over those of the method.
+        lacks: Capability flags of the method that this form does not have.
+    """
+
+    name: str
+    test_kwargs: Mapping[str, object]
+    lacks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +44,7 @@ class MethodInfo:
         supports: Capability flags; each kind's contract suite says what they switch on.
         test_kwargs: Smallest settings that the contract suite runs.
         bad_kwargs: Settings that must be refused with an error that names the (last) field.
+        variants: Further forms of the method, for the contract suite.
     """
 
     name: str
@@ -40,6 +56,15 @@ class MethodInfo:
     supports: frozenset[str] = frozenset()
     test_kwargs: Mapping[str, object] = field(default_factory=_no_settings)
     bad_kwargs: tuple[Mapping[str, object], ...] = ()
+    variants: tuple[Variant, ...] = ()
+
+    def forms(self) -> Iterator[tuple[str, MethodInfo]]:
+        """Yield a test name and a row for the method and for each of its variants."""
+        yield self.name, self
+        for variant in self.variants:
+            settings = {**self.test_kwargs, **variant.test_kwargs}
+            row = replace(self, test_kwargs=settings, supports=self.supports - variant.lacks, variants=())
+            yield f"{self.name}-{variant.name}", row
 
 
 _METHODS: dict[tuple[str, str], MethodInfo] = {}

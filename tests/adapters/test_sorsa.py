@@ -504,7 +504,7 @@ def test_start_is_exact_whatever_the_decompositions_quality(n_iter: int, alpha: 
     model, layer = adapted_layer(weight, r=8, n_iter=n_iter, oversample=2, alpha=alpha)
     x = torch.randn(16, 200)
     torch.testing.assert_close(model(x), x @ weight.T, atol=1e-4, rtol=1e-5)
-    u, c = layer.basis("default")
+    u, c = layer.offset("default")
     torch.testing.assert_close(u.T @ weight, c, atol=2e-4, rtol=1e-4)
 
 
@@ -528,7 +528,7 @@ def test_zero_weight_starts_at_zero() -> None:
 def test_full_rank_leaves_no_residual() -> None:
     weight = torch.randn(6, 4)
     model, layer = adapted_layer(weight, r=4)
-    u, c = layer.basis("default")
+    u, c = layer.offset("default")
     torch.testing.assert_close(u @ c, weight, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(torch.eye(4)), weight.T, atol=1e-5, rtol=1e-5)
 

@@ -27,6 +27,7 @@ STARTS_AT_BASE = methods("adapter", supports={"starts_at_base"})
 MERGES = methods("adapter", supports={"merge"})
 EXPORTS = methods("adapter", supports={"lora_export"})
 MULTI = methods("adapter", supports={"multi_adapter"})
+NAMES = methods("adapter", variants=False)
 CONV1D = methods("adapter", supports={"conv1d"})
 IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
 
@@ -57,6 +58,12 @@ def trained(info: MethodInfo, model: nn.Module, **overrides: Any) -> PeftModel:
     adapted = get_peft_model(model, settings(info, **overrides))
     train(adapted)
     return adapted
+
+
+def assert_base(info: MethodInfo, found: Tensor, base: Tensor) -> None:
+    """Assert that logits are the base's: to the bit, or to rounding where a form writes into the base."""
+    tolerance = 0.0 if "exact_base" in info.supports else 1e-5
+    torch.testing.assert_close(found, base, atol=tolerance, rtol=tolerance)
 
 
 def layers_of(model: nn.Module) -> list[AdapterLinear]:
@@ -162,7 +169,7 @@ def test_modules_to_save(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> N
     start = get_peft_model(tiny_llama(), settings(info, modules_to_save=["lm_head"]))
     assert not torch.equal(loaded.base_model.model.lm_head.weight, start.base_model.model.lm_head.weight)
     with loaded.disable_adapter():
-        assert torch.equal(logits(loaded), logits(tiny_llama()))
+        assert_base(info, logits(loaded), logits(tiny_llama()))
 
 
 @pytest.mark.parametrize("info", ADAPTERS)
@@ -212,7 +219,7 @@ def test_loaded_adapter_trains_on_as_the_original_does(
     assert torch.equal(logits(loaded), logits(adapted))
 
 
-@pytest.mark.parametrize("info", ADAPTERS)
+@pytest.mark.parametrize("info", NAMES)
 def test_loads_in_a_fresh_process(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
@@ -263,6 +270,8 @@ def test_transformers_own_adapter_calls(info: MethodInfo, tiny_llama: Any, tmp_p
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     model.enable_adapters()
     assert torch.equal(logits(model), adapted)
+    if "multi_adapter" not in info.supports:
+        return
     model.add_adapter(settings(info), adapter_name="second")
     model.set_adapter("second")
     assert not torch.equal(logits(model), adapted)
@@ -289,8 +298,8 @@ def test_config_round_trip(info: MethodInfo, tmp_path: Path) -> None:
 def test_disabled_adapter_is_the_base_bit_for_bit(info: MethodInfo, tiny_llama: Any) -> None:
     adapted = trained(info, tiny_llama())
     with adapted.disable_adapter():
-        assert torch.equal(logits(adapted), logits(tiny_llama()))
-    assert not torch.equal(logits(adapted), logits(tiny_llama()))
+        assert_base(info, logits(adapted), logits(tiny_llama()))
+    assert (logits(adapted) - logits(tiny_llama())).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("info", MULTI)
@@ -360,7 +369,7 @@ def test_merge_and_unmerge_in_bf16(info: MethodInfo, tiny_llama: Any) -> None:
     adapted = trained(info, tiny_llama(dtype=torch.bfloat16))
     before = base_weights(adapted)
     assert all(w.dtype == torch.bfloat16 for w in before.values())
-    deltas = {layer.module_name: layer.delta_weight("default") for layer in layers_of(adapted)}
+    deltas = {layer.module_name: layer.stored_delta(["default"]) for layer in layers_of(adapted)}
     adapted.merge_adapter()
     for name, weight in base_weights(adapted).items():
         exact = before[name].float() + deltas[name]
@@ -400,7 +409,7 @@ def test_merging_two_adapters_in_turn(info: MethodInfo, tiny_llama: Any) -> None
 def test_unload_returns_the_base(info: MethodInfo, tiny_llama: Any) -> None:
     adapted = trained(info, tiny_llama())
     adapted.merge_adapter()
-    assert torch.equal(logits(adapted.unload()), logits(tiny_llama()))
+    assert_base(info, logits(adapted.unload()), logits(tiny_llama()))
 
 
 @pytest.mark.parametrize("info", MERGES)
@@ -422,13 +431,13 @@ def test_delta_weight_is_what_forward_adds(info: MethodInfo, tiny_llama: Any) ->
         unit = torch.eye(layer.in_features)
         with torch.no_grad():
             added = layer(unit) - layer.get_base_layer()(unit)
-        torch.testing.assert_close(added.T, layer.delta_weight("default"), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(added.T, layer.stored_delta(["default"]), atol=1e-5, rtol=1e-4)
 
 
 # Export -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("info", EXPORTS)
+@pytest.mark.parametrize("info", methods("adapter", supports={"lora_export"}, variants=False))
 def test_export_loads_in_a_process_without_this_package(
     info: MethodInfo, tiny_llama: Any, tmp_path: Path
 ) -> None:
@@ -654,7 +663,7 @@ def test_trainer(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("info", "bad"),
-    [pytest.param(i.values[0], bad, id=f"{i.id}-{bad}") for i in ADAPTERS for bad in i.values[0].bad_kwargs],
+    [pytest.param(i.values[0], bad, id=f"{i.id}-{bad}") for i in NAMES for bad in i.values[0].bad_kwargs],
 )
 def test_bad_settings_are_named(info: MethodInfo, bad: dict[str, Any]) -> None:
     assert info.config is not None
@@ -674,20 +683,20 @@ def test_rank_above_a_layer_is_refused_and_the_model_left_alone(info: MethodInfo
     model = tiny_llama()
     before = [(name, type(module)) for name, module in model.named_modules()]
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    # Only the last layers are too small: those injected before them must go again.
-    with pytest.raises(ValueError, match=r"r must be at most 32.*k_proj"):
-        get_peft_model(model, settings(info, r=40))
+    # Only the last layer is too small: those injected before it must go again.
+    with pytest.raises(ValueError, match=r"r must be .*layers\.1\.mlp\.down_proj"):
+        get_peft_model(model, settings(info, rank_pattern={r"layers\.1\.mlp\.down_proj": 1000}))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     get_peft_model(model, settings(info))
 
 
-@pytest.mark.parametrize("info", ADAPTERS)
+@pytest.mark.parametrize("info", MULTI)
 def test_failed_second_adapter_leaves_the_first(info: MethodInfo, tiny_llama: Any) -> None:
     adapted = trained(info, tiny_llama())
     expected = logits(adapted)
-    with pytest.raises(ValueError, match="r must be at most 32"):
-        adapted.add_adapter("second", settings(info, r=40))
+    with pytest.raises(ValueError, match=r"r must be .*down_proj"):
+        adapted.add_adapter("second", settings(info, rank_pattern={"down_proj": 1000}))
     assert list(adapted.peft_config) == ["default"]
     assert not any("second" in name for name in adapted.state_dict())
     assert torch.equal(logits(adapted), expected)

@@ -30,15 +30,9 @@ BATCH = torch.arange(4 * 12).reshape(4, 12) * 7 % 256
 
 
 def cases() -> dict[str, tuple[registry.MethodInfo, dict[str, Any]]]:
-    """Return every registered adapter with its test settings, and in each base mode where it has modes."""
-    found = {}
-    for info in registry.methods("adapter"):
-        assert info.config is not None
-        has_modes = "base_mode" in info.config.__dataclass_fields__
-        for mode in ("projected", "residual") if has_modes else ("",):
-            extra = {"base_mode": mode} if mode else {}
-            found[f"{info.name}-{mode or 'plain'}"] = (info, {**info.test_kwargs, **extra})
-    return found
+    """Return every registered adapter, and each of its forms, with its test settings."""
+    forms = [form for info in registry.methods("adapter") for form in info.forms()]
+    return {name: (info, dict(info.test_kwargs)) for name, info in forms}
 
 
 def adapted(info: registry.MethodInfo, settings: dict[str, Any]) -> nn.Module:
