@@ -1,6 +1,7 @@
-"""Training step of SORSA against PEFT LoRA at equal rank, in time and in peak memory, as ratios.
+"""Training step of the adapters against PEFT LoRA at equal rank, in time and in peak memory, as ratios.
 
-Run: python benchmarks/training_step.py [--model tiny-llama|llama-100m] [--rounds 30] [--out FILE]
+Run: python benchmarks/training_step.py [--model tiny-llama|llama-100m] [--rank 16] [--rounds 30]
+     [--methods lora,loldu,...] [--out FILE]
 
 The methods take turns within one process, so that a change of the machine's speed hits all of them alike; the
 ratio is taken within each round. Peak memory (resident set) needs a process of its own for each method.
@@ -22,11 +23,21 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_ext
-from hf_ext.adapters import SorsaConfig
+from hf_ext.adapters import BoneConfig, LolduConfig, LoraGaConfig, PissaConfig, SorsaConfig
 
 ASSETS = Path(hf_ext.__file__).parent / "assets"
 MODELS = {"tiny-llama": (8, 256), "llama-100m": (2, 256)}  # batch size, tokens
-METHODS = ("lora", "sorsa projected", "sorsa residual")
+# A start that needs data is left out: it does not change the cost of a step.
+METHODS = {
+    "lora": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"),
+    "pissa projected": lambda r: PissaConfig(r=r, target_modules="all-linear"),
+    "pissa residual": lambda r: PissaConfig(r=r, target_modules="all-linear", base_mode="residual"),
+    "sorsa projected": lambda r: SorsaConfig(r=r, target_modules="all-linear"),
+    "sorsa residual": lambda r: SorsaConfig(r=r, target_modules="all-linear", base_mode="residual"),
+    "lora_ga additive": lambda r: LoraGaConfig(r=r, target_modules="all-linear", init_weights=False),
+    "loldu": lambda r: LolduConfig(r=r, target_modules="all-linear"),
+    "bone plain": lambda r: BoneConfig(r=r, target_modules="all-linear"),
+}
 
 
 def build(model_name: str, method: str, rank: int) -> torch.nn.Module:
@@ -45,12 +56,7 @@ def build(model_name: str, method: str, rank: int) -> torch.nn.Module:
             tie_word_embeddings=True,
         )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if method == "lora":
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    else:
-        mode = method.split()[1]
-        config = SorsaConfig(r=rank, target_modules="all-linear", base_mode=mode, task_type="CAUSAL_LM")
-    return get_peft_model(model, config).train()
+    return get_peft_model(model, METHODS[method](rank)).train()
 
 
 class Run:
@@ -72,19 +78,20 @@ class Run:
         return time.perf_counter() - start
 
 
-def time_ratios(model_name: str, rank: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Return each method's median seconds and the quartiles of its ratio to LoRA."""
-    runs = {method: Run(model_name, method, rank) for method in METHODS}
+def time_ratios(model_name: str, methods: list[str], rank: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Return each method's median seconds and the quartiles of its ratio to the first, LoRA."""
+    runs = {method: Run(model_name, method, rank) for method in methods}
     for run in runs.values():
         run.step()
         run.step()
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
     for turn in range(rounds):
         # The order rotates: who comes after whom must not decide.
-        for method in METHODS[turn % 3 :] + METHODS[: turn % 3]:
+        first = turn % len(methods)
+        for method in methods[first:] + methods[:first]:
             seconds[method].append(runs[method].step())
     table = {}
-    for method in METHODS:
+    for method in methods:
         ratios = [a / b for a, b in zip(seconds[method], seconds["lora"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         table[method] = {
@@ -93,6 +100,7 @@ def time_ratios(model_name: str, rank: int, rounds: int) -> dict[str, dict[str, 
             "ratio_q1": low,
             "ratio_q3": high,
             "ratio_of_fastest": min(seconds[method]) / min(seconds["lora"]),
+            "trained": sum(p.numel() for p in runs[method].model.parameters() if p.requires_grad),
         }
     return table
 
@@ -112,6 +120,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="tiny-llama")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--methods", default=",".join(METHODS), help="the first is the baseline, lora")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
@@ -125,8 +134,11 @@ def main() -> None:
         # Not getrusage: its maximum survives exec, and would be the parent's.
         print(int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024)
         return
-    table = time_ratios(options.model, options.rank, options.rounds)
-    peaks = {method: peak_bytes(options.model, method, options.rank) for method in METHODS}
+    methods = options.methods.split(",")
+    if methods[0] != "lora" or not set(methods) <= set(METHODS):
+        parser.error(f"--methods begins with lora; known are {', '.join(METHODS)}")
+    table = time_ratios(options.model, methods, options.rank, options.rounds)
+    peaks = {method: peak_bytes(options.model, method, options.rank) for method in methods}
     print(f"{options.model}, rank {options.rank}, {options.rounds} rounds, {options.threads} threads")
     for method, row in table.items():
         row["peak_bytes"] = peaks[method]

@@ -17,17 +17,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("adapters", "assets", "core", "data", "hub", "training")
+_SUBPACKAGES = ("adapters", "assets", "callbacks", "core", "data", "hub", "training")
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "attach":
+        return importlib.import_module(f"{__name__}.callbacks._attach").attach
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SUBPACKAGES])
+    return sorted([*globals(), *_SUBPACKAGES, "attach"])
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):

@@ -1,4 +1,4 @@
-"""`hf-ext`: train a recipe, list and explain methods, export adapters.
+"""`hf-ext`: train a recipe, compare methods on it, list and explain methods, export adapters.
 
 Only the standard library is imported here; each command imports what it needs, so that help answers at once.
 """
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parsed, rest = _parser().parse_known_args(arguments)
-    if rest and parsed.command != "train":
+    if rest and parsed.command not in ("train", "compare"):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command is None:
         _parser().print_help()
@@ -59,6 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="run in N processes")
     train.set_defaults(run=_train)
 
+    compare = commands.add_parser(
+        "compare",
+        parents=[common],
+        allow_abbrev=False,
+        help="compare methods on a recipe",
+        description="Train methods times seeds on a recipe's data, each at a tuned learning rate.",
+        epilog="Every key of a recipe can be given as --key value; --compare.seeds 5 sets one of the "
+        "comparison. The same command continues a comparison that was interrupted.",
+    )
+    compare.add_argument("recipe", help="YAML file; examples/compare.yaml needs no network")
+    compare.add_argument("--methods", metavar="A,B", help="methods to compare, the baseline first")
+    compare.set_defaults(run=_compare)
+
     listing = commands.add_parser("list", parents=[common], help="list the methods")
     listing.add_argument("kind", nargs="?", help="adapter, callback, trainer, optimizer or merge")
     listing.set_defaults(run=_list)
@@ -66,6 +79,22 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", parents=[common], help="explain a method and its settings")
     info.add_argument("name")
     info.set_defaults(run=_info)
+
+    schedule = commands.add_parser("schedule", help="learning-rate schedules from finished runs")
+    schedules = schedule.add_subparsers(dest="action", metavar="ACTION", required=True)
+    refine = schedules.add_parser(
+        "refine",
+        parents=[common],
+        allow_abbrev=False,
+        help="make the refined schedule of a recorded run",
+        description="Write refined_schedule.json and .png into the folder of a run that recorded gradient "
+        "norms (RefinedLinearDecayCallback).",
+    )
+    refine.add_argument("run_dir", metavar="RUN_DIR", help="output folder of the run")
+    refine.add_argument("--norm", default="auto", help="l1, l2, or auto for what suits the optimizer")
+    refine.add_argument("--tau", type=float, default=0.1, help="median window as a share of the run (0.1)")
+    refine.add_argument("--keep-zero", action="store_true", help="end with a rate of 0, as in the paper")
+    refine.set_defaults(run=_refine)
 
     export = commands.add_parser(
         "export-lora", parents=[common], help="turn a saved adapter into an ordinary LoRA"
@@ -81,12 +110,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    import warnings
-
     from .training.recipe import read_recipe
 
-    if not parsed.debug:  # what upstream's next versions will rename is not for the users of a command
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    _quiet(parsed)
     job = read_recipe(parsed.recipe, parsed.rest)
     if parsed.num_processes is not None:
         from .training.launch import relaunch
@@ -101,6 +127,30 @@ def _train(parsed: argparse.Namespace) -> int:
     except (*EXPECTED, RuntimeError) as error:
         return _fail(error, parsed.debug, code=1, everywhere=True)
     return 0
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    from .training.recipe import read_recipe
+
+    _quiet(parsed)
+    job = read_recipe(parsed.recipe, parsed.rest)
+    chosen = None if parsed.methods is None else [name.strip() for name in parsed.methods.split(",")]
+    from .training.compare import check_comparison, run_comparison
+    from .training.run import EXPECTED
+
+    comparison = check_comparison(job, chosen)
+    try:
+        run_comparison(comparison, say=_say)
+    except (*EXPECTED, RuntimeError) as error:
+        return _fail(error, parsed.debug, code=1)
+    return 0
+
+
+def _quiet(parsed: argparse.Namespace) -> None:
+    import warnings
+
+    if not parsed.debug:  # what upstream's next versions will rename is not for the users of a command
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
 
 
 def _list(parsed: argparse.Namespace) -> int:
@@ -124,6 +174,15 @@ def _info(parsed: argparse.Namespace) -> int:
     from .training.describe import describe
 
     _say(describe(parsed.name))
+    return 0
+
+
+def _refine(parsed: argparse.Namespace) -> int:
+    from .training.refine import refine_run
+
+    written = refine_run(parsed.run_dir, norm=parsed.norm, tau=parsed.tau, drop_zero=not parsed.keep_zero)
+    for path in written:
+        _say(f"wrote {path}")
     return 0
 
 

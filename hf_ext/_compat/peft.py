@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -40,6 +42,7 @@ __all__ = [
     "ModuleSnapshot",
     "PeftConfig",
     "PeftType",
+    "add_lora_option",
     "add_peft_type",
     "check_adapters_to_merge",
     "extend_enum",
@@ -83,6 +86,34 @@ def add_peft_type(name: str, config: type[PeftConfig], model: type[BaseTuner]) -
         return False
     register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)
     return True
+
+
+def add_lora_option(export: Callable[..., object], handles: Callable[[str], bool]) -> None:
+    """Give `PeftModel.save_pretrained` an option: `as_lora=True` writes an ordinary LoRA checkpoint.
+
+    Args:
+        export: Takes the model, the folder and `adapter_name`, and writes the checkpoint.
+        handles: Takes a PEFT type's name and returns whether `export` knows it; others are saved as ever.
+    """
+    original = PeftModel.save_pretrained
+    if "as_lora" in (getattr(original, "__kwdefaults__", None) or {}):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: PeftModel, save_directory: str, *args: Any, as_lora: bool = False, **kwargs: Any
+    ) -> Any:
+        if not as_lora:
+            return original(self, save_directory, *args, **kwargs)
+        chosen = kwargs.get("selected_adapters") or list(self.peft_config)
+        if len(chosen) != 1:
+            raise ValueError(f"as_lora writes one adapter: name it in selected_adapters, got {chosen}")
+        kind: Any = self.peft_config[chosen[0]].peft_type
+        if not handles(str(getattr(kind, "value", kind))):
+            return original(self, save_directory, *args, **kwargs)
+        return export(self, save_directory, adapter_name=chosen[0])
+
+    PeftModel.save_pretrained = save_pretrained
 
 
 @dataclass

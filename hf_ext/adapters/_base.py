@@ -7,15 +7,12 @@ registers both.
 
 from __future__ import annotations
 
-import copy
 import math
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
 import torch
@@ -25,12 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .._compat.peft import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    BaseTuner,
     BaseTunerLayer,
     ModuleSnapshot,
     PeftConfig,
     PeftType,
-    add_peft_type,
     check_adapters_to_merge,
     gather_params_ctx,
     get_pattern_key,
@@ -39,14 +34,20 @@ from .._compat.peft import (
     resolve_quantization_backend,
 )
 from ..core import dist
-from ..core.checks import check, check_fields, refuse_unknown
-from ..core.files import tensor_header
+from ..core.checks import check, check_fields
 from ..core.lowrank import seeded
-from ..core.registry import MethodInfo, Variant, register
+from ..core.registry import MethodInfo, Variant
+from ._injection import (
+    AtomicInjection,
+    check_adapter_name,
+    check_checkpoint,
+    check_weight_file,
+    refuse_sharded_merge,
+    register_tuner,
+)
 
 T = TypeVar("T")
 LayerT = TypeVar("LayerT", bound="type[AdapterLinear]")
-_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -84,12 +85,12 @@ class AdapterConfig(PeftConfig):
     init_weights: bool = True
     seed: int = 0
 
-    method: ClassVar[str] = ""  # set by register_adapter
+    type_name: ClassVar[str] = ""  # set by register_adapter
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method:  # the JSON hands a plain string, PEFT looks up by member
-            self.peft_type = PeftType[self.method.upper()]
+        if self.type_name:  # the JSON hands a plain string, PEFT looks up by member
+            self.peft_type = PeftType[self.type_name.upper()]
         inherited = {f.name for f in fields(PeftConfig)}
         own = [f.name for f in fields(self) if f.name not in inherited]
         hints = {name: hint for name, hint in get_type_hints(type(self)).items() if name in own}
@@ -133,14 +134,8 @@ class AdapterConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Read the settings; a local folder's weight file is first checked to be whole.
-
-        PEFT reads the config before anything else of a checkpoint, so a truncated file is refused here, by
-        name, before a model is touched.
-        """
-        weights = Path(pretrained_model_name_or_path, subfolder or "", _WEIGHTS)
-        if weights.is_file():
-            tensor_header(weights)
+        """Read the settings; a local folder's weight file is first checked to be whole."""
+        check_weight_file(pretrained_model_name_or_path, subfolder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
@@ -266,13 +261,20 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """
         return None
 
+    @classmethod
+    def module_factors(
+        cls, tensors: Mapping[str, Tensor], config: Any, module: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return `factors` for one module path; a method whose tensors do not tell them overrides this."""
+        return cls.factors(tensors, config.scale_of(module))
+
     @abstractmethod
     def forward_delta(self, x: Tensor, name: str) -> Tensor:
         """Return what one adapter adds to the stored base layer's output; x has the adapter's dtype."""
 
     def delta_weight(self, name: str) -> Tensor:
         """Return the update of the original base weight, fp32, (out_features, in_features)."""
-        pair = self.factors(self.adapter_tensors(name), self.scale[name])
+        pair = self.module_factors(self.adapter_tensors(name), self.configs[name], self.module_name)
         assert pair is not None, "a method without low-rank factors defines delta_weight itself"
         b, a = pair
         return b @ a
@@ -399,7 +401,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether the update is a fixed low-rank matrix."""
-        return self.factors(self.adapter_tensors(adapter_name), 1.0) is not None
+        tensors, config = self.adapter_tensors(adapter_name), self.configs[adapter_name]
+        return self.module_factors(tensors, config, self.module_name) is not None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weight; the original is kept, so that `unmerge` restores its bits.
@@ -418,11 +421,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(f"{self.module_name}: a {backend.backend_name} base cannot be merged into")
-        if hasattr(getattr(self.get_base_layer(), "weight", None), "full_tensor"):
-            raise ValueError(
-                f"{self.module_name}: a sharded base cannot be merged into; save the adapter, or export it "
-                "to LoRA, and merge it into a model that is loaded whole"
-            )
+        refuse_sharded_merge(getattr(self.get_base_layer(), "weight", None), self.module_name)
         snapshot = self._before_merge if self._before_merge is not None else self._snapshot()
         self._restore(snapshot)
         target = [*self.merged_adapters, *names]
@@ -488,15 +487,22 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         else:
             active = [name for name in self.active_adapters if name in self.configs]
-        out = self.base_layer(x, *args, **kwargs)
+        out, apart = self.forward_base(x, active, *args, **kwargs)
         dtype = out.dtype
-        if active and self.quantization_backend is not None:
-            out = self.quantization_backend.maybe_clone_base_result(out)
-        for name in active:
+        for name in apart:
             weight = getattr(self, self.adapter_layer_names[0])[name]
             out = out + self.forward_delta(self._cast_input_dtype(x, weight.dtype), name)
         out = self.add_inactive(out, x, active)
         return out if out.dtype == dtype else out.to(dtype)
+
+    def forward_base(
+        self, x: Tensor, active: list[str], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, list[str]]:
+        """Return the base layer's output, and the adapters still to be added: a method may fold some in."""
+        out = self.base_layer(x, *args, **kwargs)
+        if active and self.quantization_backend is not None:
+            out = self.quantization_backend.maybe_clone_base_result(out)
+        return out, active
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return (x A^T) B^T for A (k, in_features) and B (out_features, k)."""
@@ -523,49 +529,21 @@ def _refuse_tensor_parallel(core: nn.Module, name: str) -> None:
         )
 
 
-class AdapterModel(BaseTuner):
+class AdapterModel(AtomicInjection):
     """PEFT tuner of every adapter here; `register_adapter` makes one subclass for each method."""
 
     prefix: str
     tuner_layer_cls: type[AdapterLinear]  # pyright: ignore[reportIncompatibleVariableOverride]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter into every target layer, or, where one refuses, leave the model as it was."""
-        parts = {part for key in self._base_keys() for part in key.split(".")}
+    def check_injection(self, adapter_name: str) -> None:
+        """Check the adapter's name."""
         layer = self.tuner_layer_cls
-        parts |= {
-            *layer.adapter_layer_names,
-            *layer.adapter_frozen_names,
-            "base_layer",
-            "base_model",
-            "model",
-        }
-        # PEFT tells adapters apart by ".name." in state-dict keys, and drops what seems another's.
-        check(adapter_name not in parts, "adapter_name", adapter_name, "no part of a module path")
-        check(adapter_name not in self.prefix, "adapter_name", adapter_name, f"no part of {self.prefix!r}")
-        # A copy: PEFT writes into it, and one object given for two adapters or models must not tie them.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        self._undo: list[Callable[[], None]] = []
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            for undo in reversed(self._undo):
-                undo()
-            self.peft_config.pop(adapter_name, None)
-            raise
-        finally:
-            del self._undo
-
-    def _base_keys(self) -> list[str]:
-        layer = self.tuner_layer_cls
-        own = {*layer.adapter_layer_names, *layer.adapter_frozen_names, "adapter_dropout"}
-        return [key for key in self.model.state_dict() if own.isdisjoint(key.split("."))]
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base; `unmerge_adapter` restores its bits."""
-        self._check_names(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        own = {*layer.adapter_layer_names, *layer.adapter_frozen_names}
+        keys = (
+            key for key in self.model.state_dict() if {*own, "adapter_dropout"}.isdisjoint(key.split("."))
+        )
+        check_adapter_name(adapter_name, keys, own, self.prefix)
 
     def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -574,17 +552,12 @@ class AdapterModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_names(adapter_names)
+        self.check_names(adapter_names)
         if merge and safe_merge:  # all layers or none: a half-unloaded model is no use
             self._check_merges(adapter_names)
         return cast(
             nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         )
-
-    def _check_names(self, adapter_names: list[str] | None) -> None:
-        for name in adapter_names or ():
-            if name not in self.peft_config:
-                refuse_unknown("adapter_names", name, self.peft_config)
 
     def _check_merges(self, adapter_names: list[str] | None) -> None:
         for layer in self.adapter_layers():
@@ -625,6 +598,13 @@ class AdapterModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # Upstream's also moves what the new module holds, which our layers have done by themselves, and which
+        # fails for layers whose weight is on the meta device or absent.
+        setattr(parent, child_name, new_module)
 
     def _refuse_tied(self, target: nn.Module, name: str) -> None:
         config = self.get_model_config(self.model)
@@ -683,27 +663,13 @@ class AdapterModel(BaseTuner):
             if adapter_name in layer.configs
             for attribute in cls._saved_names(cast(AdapterConfig, config))
         }
-        given = {key for key in remapped if f".{cls.prefix}" in key}
-        if missing := sorted(wanted - given):
-            raise ValueError(f"the adapter checkpoint lacks {_some(missing)}")
-        if unknown := sorted(given - wanted):
-            raise ValueError(
-                f"the adapter checkpoint holds tensors that no adapted layer has: {_some(unknown)}"
-            )
-        for key in sorted(given):
-            if not bool(torch.isfinite(remapped[key]).all()):
-                raise ValueError(f"the adapter checkpoint's {key} has NaN or infinite values")
+        check_checkpoint(wanted, remapped, cls.prefix)
         return remapped
 
     @classmethod
     def _saved_names(cls, config: AdapterConfig) -> tuple[str, ...]:
         layer = cls.tuner_layer_cls
         return (*layer.adapter_layer_names, *layer.adapter_frozen_names)
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def register_adapter(
@@ -750,9 +716,8 @@ def register_adapter(
                 "__doc__": f"PEFT tuner of `{stem}Linear` layers.",
             },
         )
-        setattr(sys.modules[layer.__module__], tuner.__name__, tuner)  # importable, hence picklable
-        config.method = name
-        register(
+        register_tuner(
+            tuner,
             MethodInfo(
                 name=name,
                 kind="adapter",
@@ -764,10 +729,8 @@ def register_adapter(
                 test_kwargs=dict(test_kwargs or {}),
                 bad_kwargs=tuple(bad_kwargs),
                 variants=tuple(variants),
-            )
+            ),
         )
-        if not add_peft_type(name, config, tuner):
-            warnings.warn(f"PEFT ships a type {name.upper()} of its own, which stays in place", stacklevel=2)
         return layer
 
     return decorate

@@ -118,12 +118,17 @@ class OffsetLinear(AdapterLinear):
             where=self.module_name,
         )
         check(
-            self.quantization_backend is None and not hasattr(self.base_parameter(), "full_tensor"),
+            self.writes_residual(config)
+            and not hasattr(getattr(self.get_base_layer(), "weight", None), "full_tensor"),
             "base_mode",
             "residual",
             f"{untouched} on a quantized or sharded base: the residual would be rounded or misplaced",
             where=self.module_name,
         )
+
+    def writes_residual(self, config: Any) -> bool:
+        """Return whether a residual can be written into this kind of base."""
+        return self.quantization_backend is None
 
     def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
         """Return random trained tensors that are added to the whole base weight: nothing is taken out."""
@@ -156,10 +161,16 @@ class OffsetLinear(AdapterLinear):
         factor = self.offset_scale(self.scale[name])
         return F.linear(inner if factor == 1.0 else inner * factor, left)
 
-    def add_inactive(self, out: Tensor, x: Tensor, active: Sequence[str]) -> Tensor:
-        """Put L R x back where the adapter that wrote its residual is not active."""
+    def forward_base(
+        self, x: Tensor, active: list[str], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, list[str]]:
+        """Return the base layer's output, its residual being that of L R as they are now."""
         if self._original is not None:
             self._settle()
+        return super().forward_base(x, active, *args, **kwargs)
+
+    def add_inactive(self, out: Tensor, x: Tensor, active: Sequence[str]) -> Tensor:
+        """Put L R x back where the adapter that wrote its residual is not active."""
         name = self.residual_of
         return out if name is None or name in active else out + self._forward_offset(x, name)
 
@@ -206,6 +217,23 @@ class OffsetLinear(AdapterLinear):
                 self._write_base(self._original, -1.0, self._product(name))
                 self._written = self._state_of(name)
 
+    def rewrite_residual(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Write the residual of L and R as they are now into a base that lacks the product of earlier ones.
+
+        Args:
+            name: The adapter that has written its residual.
+            left: L as it was then, (out_features, k).
+            right: R as it was then, (k, in_features).
+        """
+        now = self.offset(name)
+        if torch.equal(now[0], left) and torch.equal(now[1], right):
+            return
+        if self._original is None:
+            self._write_base(self.base_parameter().data, 1.0, self._multiplied(left, right, self.scale[name]))
+        base = self.base_parameter().data if self._original is None else self._original
+        self._write_base(base, -1.0, self._product(name))
+        self._written = self._state_of(name)
+
     def _write_base(self, weight: Tensor, sign: float, change: Tensor) -> None:
         check(
             not hasattr(weight, "full_tensor"),
@@ -220,14 +248,25 @@ class OffsetLinear(AdapterLinear):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter, and give the base back what it had taken out (to the base dtype's rounding)."""
-        if self.residual_of == adapter_name:
-            if self._original is not None:
-                now = self.base_parameter()
-                now.data = self._original.to(device=now.device, dtype=now.dtype)
-            else:
-                self._write_base(self.base_parameter().data, 1.0, self._product(adapter_name))
-            self.residual_of, self._original = None, None
+        if self.residual_of != adapter_name:
+            super().delete_adapter(adapter_name)
+            return
+        merged = [name for name in self.merged_adapters if name != adapter_name]
+        if self.merged_adapters:  # a merged weight holds what was taken out already
+            self.unmerge()
+        self.give_back(adapter_name)
+        self.residual_of, self._original = None, None
         super().delete_adapter(adapter_name)
+        if merged:
+            self.merge(adapter_names=merged)
+
+    def give_back(self, name: str) -> None:
+        """Put what one adapter has taken out back into the base, which is not merged."""
+        if self._original is not None:
+            now = self.base_parameter()
+            now.data = self._original.to(device=now.device, dtype=now.dtype)
+        else:
+            self._write_base(self.base_parameter().data, 1.0, self._product(name))
 
 
 def _remember_offset(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -253,13 +292,5 @@ def _refresh_residual(module: nn.Module, _: object) -> None:
     if name is None:
         layer.after_change()
         return
-    left, right = layer.offset(name)
-    if before is None or (torch.equal(left, before[0]) and torch.equal(right, before[1])):
-        return
-    if layer._original is None:
-        layer._write_base(layer.base_parameter().data, 1.0, layer._multiplied(*before, layer.scale[name]))
-        base = layer.base_parameter().data
-    else:
-        base = layer._original
-    layer._write_base(base, -1.0, layer._product(name))
-    layer._written = layer._state_of(name)
+    if before is not None:
+        layer.rewrite_residual(name, *before)

@@ -13,15 +13,18 @@ import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..core import dist, registry
-from ..core.checks import check
+from ..core.checks import check, check_choice
 from ..core.files import atomic_folder, read_json, read_tensors, write_bytes, write_json, write_tensors
 from ..core.lowrank import recompress
 from ._base import AdapterConfig, AdapterLinear
+from ._injection import add_lora_option
+from ._lora import LoraStartConfig, LoraStartLayer
 
 __all__ = ["export_to_lora"]
 
@@ -35,6 +38,7 @@ def export_to_lora(
     *,
     adapter_name: str = "default",
     rank: int | None = None,
+    against: str = "base",
 ) -> dict[str, float]:
     """Write an adapter as a PEFT LoRA checkpoint.
 
@@ -44,41 +48,37 @@ def export_to_lora(
         out: Folder to write; one that exists is replaced, and only once the new one is whole.
         adapter_name: Which adapter of a model.
         rank: Largest rank to keep in each layer, for a smaller and no longer exact export; None for exact.
+        against: What the LoRA is to be loaded on: "base", the model that was adapted, or "quantized_base",
+            the quantized residual that QPiSSA has put in its place.
 
     Returns:
         For each adapted module the share of the update's energy (squared Frobenius norm) that was dropped; 0
         without a `rank`.
 
     Raises:
-        ValueError: The adapter's update has no low rank, or a file is damaged or incomplete.
+        ValueError: The adapter's update has no low rank, or is not of what `against` names, or a file is
+            damaged or incomplete.
         OSError: The folder cannot be written.
     """
     check(rank is None or rank >= 1, "rank", rank, "None or at least 1")
+    check_choice("against", against, ("base", "quantized_base"))
     _check_replaceable(Path(out))
     if isinstance(model_or_path, nn.Module):
         config, layers, others = _from_model(model_or_path, adapter_name)
     else:
         config, layers, others = _from_folder(Path(model_or_path))
-    layer_class = cast(type[AdapterLinear], registry.get("adapter", config.method).target)
-
-    tensors, ranks, dropped = dict(others), {}, {}
-    for module, own in layers.items():
-        _check_tensors(own, config.rank_of(module), module)
-        try:
-            pair = layer_class.factors(own, config.scale_of(module))
-        except RuntimeError as error:
-            shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-            raise ValueError(f"{module}: the adapter's tensors do not fit together: {shapes}") from error
-        check(pair is not None, "adapter", config.method, "of a type whose update has low rank", where=module)
-        b, a, dropped[module] = recompress(*cast(tuple[Tensor, Tensor], pair), rank=rank)
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
-        ranks[module] = a.shape[0]
+    is_lora = isinstance(config, LoraStartConfig)
+    if is_lora and rank is None and against == "base":  # it is one already
+        tensors = {**others, **{key: value for own in layers.values() for key, value in own.items()}}
+        settings, dropped = _settings(_inference(config.plain_lora())), dict.fromkeys(layers, 0.0)
+    else:
+        tensors, ranks, dropped = _factored(config, layers, others, rank, against)
+        settings = _lora_settings(config, ranks)
 
     def write() -> None:
         with atomic_folder(out) as folder:
             write_tensors(folder / "adapter_model.safetensors", tensors)
-            write_json(folder / "adapter_config.json", _lora_settings(config, ranks))
+            write_json(folder / "adapter_config.json", settings)
             write_bytes(folder / "README.md", _card(config).encode())
 
     if isinstance(model_or_path, nn.Module):
@@ -86,6 +86,45 @@ def export_to_lora(
     elif dist.is_main():
         write()
     return dropped
+
+
+def _factored(
+    config: Any,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    others: Mapping[str, Tensor],
+    rank: int | None,
+    against: str,
+) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:
+    """Return the LoRA tensors, the rank of each module, and the share of energy dropped from each."""
+    layer_class = cast(Any, registry.get("adapter", config.type_name).target)
+    kind = "quantized_base_factors" if against == "quantized_base" else "module_factors"
+    rule = f"'base' for an adapter of type {config.type_name}"
+    check(hasattr(layer_class, kind), "against", against, rule)
+    tensors, ranks, dropped = dict(others), {}, {}
+    for module, whole in layers.items():
+        # A LoRA's tensors come with the keys of its checkpoint.
+        own = {key.removesuffix(".weight").rpartition(".")[2]: value for key, value in whole.items()}
+        _check_finite(own, module)
+        try:
+            pair = getattr(layer_class, kind)(own, config, module)
+        except RuntimeError as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+            raise ValueError(f"{module}: the adapter's tensors do not fit together: {shapes}") from error
+        check(
+            pair is not None, "adapter", config.type_name, "of a type whose update has low rank", where=module
+        )
+        b, a, dropped[module] = recompress(*cast(tuple[Tensor, Tensor], pair), rank=rank)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
+        ranks[module] = a.shape[0]
+    return tensors, ranks, dropped
+
+
+def _is_ours(peft_type: str) -> bool:
+    return peft_type.lower() in registry.names("adapter")
+
+
+add_lora_option(export_to_lora, _is_ours)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -98,24 +137,41 @@ def _check_replaceable(out: Path) -> None:
     check(earlier and not others, "out", str(out), rule)
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], r: int, module: str) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], module: str) -> None:
     for name, tensor in tensors.items():
         check(bool(tensor.isfinite().all()), name, "NaN or infinite values", "finite", where=module)
-        check(r in tensor.shape, name, tuple(tensor.shape), f"of the config's rank {r}", where=module)
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], layer_class: Any, config: Any, module: str) -> None:
+    r = config.rank_of(module)
+    # A folder does not tell a layer's sizes; negative ones stand for them, and fit any.
+    wanted = layer_class.shapes(SimpleNamespace(in_features=-1, out_features=-2), r, config)
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        fits = len(shape) == len(wanted[name]) and all(
+            want < 0 or want == size for want, size in zip(wanted[name], shape, strict=True)
+        )
+        check(fits, name, shape, f"of the config's rank {r}", where=module)
 
 
 def _from_model(
     model: nn.Module, adapter_name: str
-) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+) -> tuple[AdapterConfig | LoraStartConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    config: AdapterConfig | None = None
+    config: Any = None
     for path, module in model.named_modules():
         if isinstance(module, AdapterLinear) and adapter_name in module.configs:
             config = module.configs[adapter_name]
             layers[module.module_name] = {k: v.cpu() for k, v in module.adapter_tensors(adapter_name).items()}
+        elif isinstance(module, LoraStartLayer) and adapter_name in module.configs:
+            config = module.configs[adapter_name]
+            layers[module.module_name] = {
+                f"{_PREFIX}{module.module_name}.{k}": v.cpu()
+                for k, v in module.checkpoint_tensors(adapter_name).items()
+            }
         elif isinstance(module, AuxiliaryTrainingWrapper):
             state = {k: dist.full_tensor(v) for k, v in module.state_dict().items()}
             saved = cast(Any, module).adapter_state_dict(adapter_name, state)
@@ -126,7 +182,7 @@ def _from_model(
         adapter_name,
         "the name of an adapter of this package on the model",
     )
-    config = copy.copy(cast(AdapterConfig, config))
+    config = copy.copy(config)
     if config.task_type is None and config.auto_mapping is None:  # as PEFT does when it saves
         base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
         config.auto_mapping = {
@@ -136,7 +192,9 @@ def _from_model(
     return config, layers, others
 
 
-def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _from_folder(
+    folder: Path,
+) -> tuple[AdapterConfig | LoraStartConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     path = folder / "adapter_config.json"
     check(path.is_file(), "adapter folder", str(folder), "a folder with an adapter_config.json")
     settings: dict[str, Any] = read_json(path)
@@ -144,9 +202,15 @@ def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tenso
     check(
         name != "lora", "peft_type", "LORA", "another type than LoRA, which needs no export", where=str(path)
     )
-    config_class = cast(type[AdapterConfig], registry.get("adapter", name).config)
-    config = cast(AdapterConfig, config_class.from_pretrained(str(folder)))
-    layer_class = cast(type[AdapterLinear], registry.get("adapter", name).target)
+    config = cast(Any, registry.get("adapter", name).config).from_pretrained(str(folder))
+    layer_class = cast(Any, registry.get("adapter", name).target)
+    if isinstance(config, LoraStartConfig):
+        loras, others = _lora_tensors(read_tensors(folder / "adapter_model.safetensors"))
+        for module, own in loras.items():
+            r = config.rank_of(module)
+            for key, tensor in own.items():
+                check(r in tensor.shape, key, tuple(tensor.shape), f"of the config's rank {r}")
+        return config, loras, others
     wanted = {*layer_class.adapter_layer_names, *layer_class.adapter_frozen_names}
 
     layers: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
@@ -164,19 +228,33 @@ def _from_folder(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tenso
         f"one with {name} tensors",
         where=str(folder),
     )
+    kept_by = getattr(layer_class, "kept_by", None)
+    rule = "complete"
+    if kept_by is not None:
+        rule += f"; an adapter saved with {kept_by}=False is exported from the loaded model instead"
     for module, own in layers.items():
         missing = sorted(wanted - set(own))
-        check(
-            not missing,
-            "adapter_model.safetensors",
-            f"no {', '.join(missing)} for {module}",
-            "complete; an adapter saved with save_basis=False is exported from the loaded model instead",
-            where=str(folder),
-        )
+        given = f"no {', '.join(missing)} for {module}"
+        check(not missing, "adapter_model.safetensors", given, rule, where=str(folder))
+        _check_shapes(own, layer_class, config, module)
     return config, dict(layers), others
 
 
-def _lora_settings(config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _lora_tensors(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module, marked, _ = key.partition(".lora_")
+        if marked:
+            layers[module.removeprefix(_PREFIX)][key] = tensor
+        else:
+            others[key] = tensor
+    return dict(layers), others
+
+
+def _lora_settings(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
     from peft import LoraConfig
 
     common = collections.Counter(ranks.values()).most_common(1)[0][0]
@@ -195,18 +273,27 @@ def _lora_settings(config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str,
         revision=config.revision,
         inference_mode=True,
     )
+    return _settings(lora)
+
+
+def _inference(config: Any) -> Any:
+    config.inference_mode = True
+    return config
+
+
+def _settings(lora: Any) -> dict[str, Any]:
     settings = lora.to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
 
-def _card(config: AdapterConfig) -> str:
+def _card(config: Any) -> str:
     base = config.base_model_name_or_path
     # A path of this machine means nothing to a reader, and the Hub refuses a card with one.
     is_id = base is not None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) and not Path(base).exists()
     named = f"base_model: {base}\n" if is_id else ""
     return (
         f"---\nlibrary_name: peft\n{named}tags:\n- lora\n- hf_ext\n---\n\n"
-        f"# LoRA export of a {config.method} adapter\n\n"
+        f"# LoRA export of a {config.type_name} adapter\n\n"
         "An ordinary PEFT LoRA checkpoint with the same weight update. It loads without hf_ext:\n\n"
         "```python\nfrom peft import PeftModel\n\n"
         'model = PeftModel.from_pretrained(base_model, "<this folder or repository>")\n```\n'

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -39,14 +44,21 @@ def barrier() -> None:
 def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     """Overwrite a tensor in place with the source process's values, and return it."""
     if is_distributed():
-        dist.broadcast(tensor, src=source)
+        _in_place(partial(dist.broadcast, src=source), tensor)
+    return tensor
+
+
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
+    """Overwrite a tensor in place with its sum over processes, and return it."""
+    if is_distributed():
+        _in_place(dist.all_reduce, tensor)
     return tensor
 
 
 def all_reduce_mean_(tensor: Tensor) -> Tensor:
     """Overwrite a tensor in place with its mean over processes, and return it."""
     if is_distributed():
-        dist.all_reduce(tensor)
+        _in_place(dist.all_reduce, tensor)
         tensor /= dist.get_world_size()
     return tensor
 
@@ -70,6 +82,47 @@ def on_main(action: Callable[[], None]) -> None:
         raise failed
     if texts[0] is not None:
         raise OSError(f"on the first process: {texts[0]}")
+
+
+def _in_place(collective: Callable[[Tensor], Any], tensor: Tensor) -> None:
+    # NCCL alone takes no tensors of the CPU, and takes contiguous ones only.
+    backend = str(dist.get_backend())
+    away = "nccl" in backend and "gloo" not in backend and tensor.device.type == "cpu"
+    held = (tensor.cuda() if away else tensor).contiguous()
+    collective(held)
+    if held is not tensor:
+        tensor.copy_(held)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every process's value, in order of their numbers (a collective); small picklable values only."""
+    if not is_distributed():
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together() -> Generator[None]:
+    """Run the body on every process, and raise on all of them if it fails on one (a collective).
+
+    Without it, a process whose part fails leaves the others waiting in their next collective.
+
+    Raises:
+        ValueError: The body failed elsewhere; a process where it failed raises its own error.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised again below
+        failed = error
+    texts = gather_objects(None if failed is None else str(failed))
+    if failed is not None:
+        raise failed
+    elsewhere = [f"process {number}: {text}" for number, text in enumerate(texts) if text is not None]
+    if elsewhere:
+        raise ValueError(elsewhere[0])
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

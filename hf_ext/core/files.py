@@ -181,3 +181,28 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def tensor_of_model(folder: str | Path, name: str) -> torch.Tensor:
+    """Read one tensor of a saved model, sharded or not, onto the CPU.
+
+    Args:
+        folder: Folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
+        name: The tensor's key, such as "model.layers.0.mlp.up_proj.weight".
+
+    Raises:
+        FileNotFoundError: The folder holds no safetensors model.
+        ValueError: A file is damaged, or the model has no such tensor; the text names it.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    path = folder / (read_json(index)["weight_map"].get(name, "") if index.is_file() else "model.safetensors")
+    if not path.exists() or (path.is_dir() and not index.is_file()):
+        raise FileNotFoundError(f"{folder} holds no safetensors model ({path.name} is missing)")
+    if path.is_dir() or name not in tensor_header(path):
+        raise ValueError(f"{folder}: the model has no tensor {name}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

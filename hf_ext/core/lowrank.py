@@ -155,12 +155,14 @@ def recompress(
         b' (m, q), a' (q, n) with the singular values split evenly, 1 <= q <= k, and the dropped share of the
         squared Frobenius norm in [0, 1] (0 where only rounding was dropped).
     """
-    qb, rb = torch.linalg.qr(b.float())
-    qa, ra = torch.linalg.qr(a.float().T)
+    # In fp64: the product of large factors can be small, and rounding in fp32 is relative to the factors.
+    qb, rb = torch.linalg.qr(b.double())
+    qa, ra = torch.linalg.qr(a.double().T)
     u, s, vh = torch.linalg.svd(rb @ ra.T)
     keep = max(1, int((s > tol * s[0]).sum()))
     kept = keep if rank is None else min(keep, rank)
-    energy = s.double().square()
+    energy = s.square()
     dropped = float(energy[kept:keep].sum() / energy.sum()) if kept < keep else 0.0
     root = s[:kept].sqrt()
-    return (qb @ u[:, :kept]) * root, root[:, None] * (vh[:kept] @ qa.T), dropped
+    left, right = (qb @ u[:, :kept]) * root, root[:, None] * (vh[:kept] @ qa.T)
+    return left.float(), right.float(), dropped

@@ -44,7 +44,7 @@ def find(name: str) -> registry.MethodInfo:
     Raises:
         ValueError: There is no such method; close matches are offered.
     """
-    from .. import adapters  # noqa: F401 (registers)
+    from .. import adapters, callbacks  # noqa: F401 (they register)
 
     rows = {row.name: row for row in registry.methods()}
     if name not in rows:
@@ -63,9 +63,10 @@ def describe(name: str) -> str:
     lines += [f"paper: {row.paper}"] if row.paper else []
     lines += [f"supports: {', '.join(sorted(row.supports))}"] if row.supports else []
     lines.append(f"page: docs/methods/{row.name}.md")
-    if row.config is not None and dataclasses.is_dataclass(row.config):
-        lines += ["", f"{row.config.__module__.rpartition('.')[0]}.{row.config.__name__}:"]
-        lines += _fields(row.config)
+    settings = row.target if row.config is None else row.config  # a callback takes its settings itself
+    if isinstance(settings, type) and dataclasses.is_dataclass(settings):
+        lines += ["", f"{settings.__module__.rpartition('.')[0]}.{settings.__name__}:"]
+        lines += _fields(settings)
     return "\n".join(lines)
 
 

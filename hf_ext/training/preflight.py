@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .._compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from .. import adapters  # noqa: F401 (registers; PEFT, imported first, would do it in the middle of `_compat`)
+from .._compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from ..core import registry
 from ..core.checks import check, check_fields, refuse_unknown, suggest
 from .checkpoints import checkpoints, find_checkpoint
@@ -65,16 +66,14 @@ def prepare(job: Job, args: SFTConfig) -> Prepared:
         ValueError: Something does not fit; the text names the file and the field.
         OSError: A place cannot be written.
     """
-    _check_processes(job, args)
-    _check_writable(job.output_dir)
+    check_surroundings(job, args)
+    _check_compare(job)
     checkpoint, skipped = find_checkpoint(job.output_dir, job.recipe.resume_from_checkpoint, args.world_size)
     _check_fresh(job, checkpoint)
     _check_push(job)
     adapter = build_adapter(job)
     _check_outputs(job, adapter)
-    config = load_config(job)
-    _check_length(job, args, config)
-    model = _on_meta(job, config)
+    model = skeleton(job, args)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = check_targets(job, model, adapter)
     tokenizer = load_tokenizer(job)
@@ -85,6 +84,17 @@ def prepare(job: Job, args: SFTConfig) -> Prepared:
 
 
 # Processes and places ---------------------------------------------------------------------------------------
+
+
+def check_surroundings(job: Job, args: SFTConfig) -> None:
+    """Check the number of processes, and that the output folder can be written.
+
+    Raises:
+        ValueError: More or fewer processes run than were asked for.
+        OSError: The folder cannot be written.
+    """
+    _check_processes(job, args)
+    _check_writable(job.output_dir)
 
 
 def _check_processes(job: Job, args: SFTConfig) -> None:
@@ -121,6 +131,15 @@ def _check_fresh(job: Job, checkpoint: Path | None) -> None:
             f"{job.where}: output_dir {job.output_dir} already holds {found[-1].name}; continue with "
             "--resume_from_checkpoint true, start over with --overwrite_output_dir true, or name another"
         )
+
+
+def _check_compare(job: Job) -> None:
+    check(
+        job.recipe.compare is None,
+        f"{job.where}: compare",
+        job.recipe.compare,
+        "left out of a recipe to train; `hf-ext compare` reads it",
+    )
 
 
 def _check_push(job: Job) -> None:
@@ -173,8 +192,12 @@ def adapter_types() -> dict[str, type[PeftConfig]]:
     return {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def build_adapter(job: Job) -> PeftConfig | None:
+def build_adapter(job: Job, field: str = "adapter") -> PeftConfig | None:
     """Return the adapter's config, or None for full fine-tuning.
+
+    Args:
+        job: The recipe.
+        field: Where its user has written the settings, for error texts.
 
     Raises:
         ValueError: The type or a field is unknown (close matches are offered), or a value is out of range.
@@ -186,25 +209,25 @@ def build_adapter(job: Job) -> PeftConfig | None:
     kind, known = given.get("type"), adapter_types()
     try:
         check(
-            isinstance(kind, str), "adapter.type", kind, "the name of an adapter (see `hf-ext list adapter`)"
+            isinstance(kind, str), f"{field}.type", kind, "the name of an adapter (see `hf-ext list adapter`)"
         )
         if str(kind).lower() == _FULL:
             return None
         if str(kind).lower() not in known:
-            refuse_unknown("adapter.type", str(kind), [*known, _FULL])
+            refuse_unknown(f"{field}.type", str(kind), [*known, _FULL])
     except ValueError as error:
         raise ValueError(f"{job.where}: {error}") from error
     cls = known[str(kind).lower()]
     hints = typing.get_type_hints(cls)
     own = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.name != "peft_type"}
     fields = {name: value for name, value in given.items() if name != "type"}
-    settings = check_fields(fields, own, where=job.where, prefix="adapter.")
+    settings = check_fields(fields, own, where=job.where, prefix=f"{field}.")
     settings.setdefault("task_type", "CAUSAL_LM")
     try:
         return cls(**settings)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError) as error:
         kind_of_error = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind_of_error(f"{job.where}: adapter.{one_line(error)}") from error
+        raise kind_of_error(f"{job.where}: {field}.{one_line(error)}") from error
 
 
 def adapter_name(adapter: PeftConfig | None) -> str:
@@ -244,6 +267,17 @@ def _check_length(job: Job, args: SFTConfig, config: PretrainedConfig) -> None:
         )
 
 
+def skeleton(job: Job, args: SFTConfig) -> nn.Module:
+    """Return the model without its weights, on the meta device.
+
+    Raises:
+        ValueError: There is no such model, or it cannot read rows of `max_length` tokens.
+    """
+    config = load_config(job)
+    _check_length(job, args, config)
+    return _on_meta(job, config)
+
+
 def _on_meta(job: Job, config: PretrainedConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
@@ -258,8 +292,14 @@ def _on_meta(job: Job, config: PretrainedConfig) -> nn.Module:
         ) from error
 
 
-def check_targets(job: Job, model: nn.Module, adapter: PeftConfig | None) -> int:
+def check_targets(job: Job, model: nn.Module, adapter: PeftConfig | None, field: str = "adapter") -> int:
     """Inject the adapter into a model on the meta device, and return how many numbers it trains.
+
+    Args:
+        job: The recipe.
+        model: The model; it is changed.
+        adapter: The adapter, or None for full fine-tuning.
+        field: Where its user has written the settings, for error texts.
 
     Raises:
         ValueError: A target matches no layer (close matches are offered), or the settings do not fit a layer.
@@ -269,16 +309,27 @@ def check_targets(job: Job, model: nn.Module, adapter: PeftConfig | None) -> int
     if adapter is None:
         return sum(p.numel() for p in model.parameters())
     for name in ("target_modules", "modules_to_save"):
-        _check_names(job, name, getattr(adapter, name, None), model)
+        _check_names(job, f"{field}.{name}", getattr(adapter, name, None), model)
     try:
-        # The config is copied, since PEFT resolves "all-linear" in place.
-        injected = get_peft_model(model, copy.deepcopy(adapter), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        injected = get_peft_model(model, _without_weights(adapter), low_cpu_mem_usage=True)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{job.where}: adapter.{one_line(error)}") from error
+        raise ValueError(f"{job.where}: {field}.{one_line(error)}") from error
     except (RuntimeError, NotImplementedError):
         # Some of PEFT's own starts compute with the weights; those types are checked when they are injected.
         return 0
     return sum(p.numel() for p in injected.parameters() if p.requires_grad)
+
+
+def _without_weights(adapter: PeftConfig) -> PeftConfig:
+    """Return a copy of the settings for an injection that only shows whether they fit."""
+    copied = copy.deepcopy(adapter)  # PEFT resolves "all-linear" in place
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)  # type: ignore[arg-type]
+    layer = getattr(tuner, "tuner_layer_cls", None)
+    # Tensors that a checkpoint leaves out would be computed from the weights.
+    kept_by = getattr(layer, "kept_by", None)
+    if kept_by is not None:
+        setattr(copied, kept_by, True)
+    return copied
 
 
 def _check_names(job: Job, field: str, wanted: object, model: nn.Module) -> None:
@@ -292,4 +343,4 @@ def _check_names(job: Job, field: str, wanted: object, model: nn.Module) -> None
                 {path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()}
             )
             hint = suggest(str(name), endings) or f"; the model's layers end in {', '.join(endings)}"
-            raise ValueError(f"{job.where}: adapter.{field}: {name!r} matches no layer{hint}")
+            raise ValueError(f"{job.where}: {field}: {name!r} matches no layer{hint}")

@@ -76,6 +76,7 @@ class Recipe:
         hub_private_repo: Whether a repository made by the push is private; None for the account's default.
         hub_token: Token for the push; None for the stored one.
         hub_revision: Branch to push to; None for the main one.
+        compare: What `hf-ext compare` varies (see `comparison_settings.CompareSettings`).
 
     Raises:
         ValueError: A field is outside its range, or two contradict each other.
@@ -109,6 +110,7 @@ class Recipe:
     hub_private_repo: bool | None = None
     hub_token: str | None = None
     hub_revision: str | None = None
+    compare: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "expected_processes", "cpu_threads"):

@@ -85,27 +85,9 @@ def check_job(job: Job) -> Ready:
     if job.recipe.cpu_threads is not None:
         torch.set_num_threads(job.recipe.cpu_threads)
     args = job.training_arguments()
-    return Ready(job, args, together(lambda: prepare(job, args)))
-
-
-def together(step: Callable[[], T]) -> T:
-    """Run a step on every process, and raise on all of them if one fails: no process waits for a dead one."""
-    failed: Exception | None = None
-    result: T | None = None
-    try:
-        result = step()
-    except EXPECTED as error:
-        failed = error
-    texts: list[str | None] = [None if failed is None else str(failed)]
-    if dist.is_distributed():
-        texts = [None] * dist.world_size()
-        torch_dist.all_gather_object(texts, None if failed is None else str(failed))
-    if failed is not None:
-        raise failed
-    elsewhere = [f"process {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
-    if elsewhere:
-        raise ValueError(elsewhere[0])
-    return result  # type: ignore[return-value]
+    with dist.together():
+        prepared = prepare(job, args)
+    return Ready(job, args, prepared)
 
 
 def run_job(ready: Ready, say: Say = lambda _: None) -> dict[str, Any]:
@@ -171,8 +153,8 @@ def build_trainer(ready: Ready) -> RecipeTrainer:
     trainer = RecipeTrainer(
         model=model,
         args=args,
-        train_dataset=_trained_columns(prepared.train, args),
-        eval_dataset=None if prepared.test is None else _trained_columns(prepared.test, args),
+        train_dataset=trained_columns(prepared.train, args),
+        eval_dataset=None if prepared.test is None else trained_columns(prepared.test, args),
         processing_class=prepared.tokenizer,
         peft_config=prepared.adapter,
     )
@@ -182,10 +164,27 @@ def build_trainer(ready: Ready) -> RecipeTrainer:
     )
     # First, so that reporting callbacks see its numbers.
     trainer.callback_handler.callbacks.insert(0, AdapterMetricsCallback())
+    if prepared.checkpoint is None:
+        start_from_data(trainer)
     return trainer
 
 
-def _trained_columns(rows: Dataset, args: SFTConfig) -> Dataset:
+def start_from_data(trainer: RecipeTrainer) -> None:
+    """Give each adapter that waits for data its start, from the rows that the trainer will train on."""
+    from ..adapters import awaits_data, initialize_from_data
+
+    model: Any = trainer.model
+    for name in awaits_data(model):
+        initialize_from_data(
+            model,
+            trainer.get_train_dataloader(),
+            adapter_name=name,
+            show_progress=not trainer.args.disable_tqdm,
+        )
+
+
+def trained_columns(rows: Dataset, args: SFTConfig) -> Dataset:
+    """Return the rows without the columns that no trainer reads."""
     wanted = {"prompt", "completion", "messages", "tools", "images", args.dataset_text_field}
     return rows.select_columns([name for name in rows.column_names if name in wanted])
 
@@ -242,8 +241,13 @@ def _metrics(trainer: RecipeTrainer, ready: Ready, result: TrainOutput) -> dict[
         "seed": args.seed,
         "parameters": prepared.parameters,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "versions": {name: _version(name) for name in _LIBRARIES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the libraries that a result depends on."""
+    return {name: _version(name) for name in _LIBRARIES}
 
 
 def _version(name: str) -> str | None:
@@ -278,7 +282,7 @@ def _facts(ready: Ready, metrics: Mapping[str, Any], log: list[dict[str, Any]], 
         base_model=hub_id(job),
         base_label=base_label(job),
         paper=rows[name].paper if name in rows else None,
-        dataset=_dataset_label(job.recipe.dataset_name),
+        dataset=dataset_label(job.recipe.dataset_name),
         settings={key: as_json(value) for key, value in {**fields, **own, **given}.items()},
         metrics={key: metrics[key] for key in shown if metrics.get(key) is not None},
         plot=plot,
@@ -288,7 +292,8 @@ def _facts(ready: Ready, metrics: Mapping[str, Any], log: list[dict[str, Any]], 
     )
 
 
-def _dataset_label(name: str) -> str:
+def dataset_label(name: str) -> str:
+    """Return a data set's name for people; of a path the last part alone."""
     path = Path(name)
     return f"./{path.name}" if path.exists() else name  # the rest of a path means nothing elsewhere
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_ext.adapters import SorsaConfig, export_to_lora
+from hf_ext.adapters import LolduConfig, SorsaConfig, export_to_lora
 
 
 @pytest.fixture
@@ -133,8 +133,50 @@ def test_damaged_weights_are_named(saved: Path, tmp_path: Path) -> None:
         export_to_lora(saved, tmp_path / "lora")
     gone = "base_model.model.model.layers.0.self_attn.v_proj.sorsa_S"
     save_file({key: value for key, value in tensors.items() if key != gone}, path)
-    with pytest.raises(ValueError, match=r"no sorsa_S for model\.layers\.0\.self_attn\.v_proj"):
+    with pytest.raises(
+        ValueError, match=r"saved with save_basis=False.*no sorsa_S for model\.layers\.0\.self_attn\.v_proj"
+    ):
         export_to_lora(saved, tmp_path / "lora")
+
+
+def test_incomplete_folder_is_explained_by_its_own_field(tiny_llama: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LolduConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"saved with save_factors=False is exported from the .*no loldu_L, "
+    ):
+        export_to_lora(tmp_path / "adapter", tmp_path / "lora")
+
+
+def test_folder_with_a_tensor_of_another_length_than_the_rank(tiny_llama: Any, tmp_path: Path) -> None:
+    config = LolduConfig(r=4, alpha=8.0, target_modules=["q_proj"], train_scale=True, save_factors=True)
+    model = get_peft_model(tiny_llama(), config).eval()
+    for name, parameter in model.named_parameters():
+        if "loldu_delta" in name:  # r numbers and the scale
+            parameter.data += torch.linspace(0.1, 0.5, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    export_to_lora(tmp_path / "adapter", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.loldu_delta"
+    save_file({**tensors, name: torch.ones(4)}, path)  # as without train_scale
+    with pytest.raises(ValueError, match=r"loldu_delta must be of the config's rank 4.*layers\.1"):
+        export_to_lora(tmp_path / "adapter", tmp_path / "lora")
+
+
+def test_what_the_export_is_against_is_checked(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="against must be one of 'base', 'quantized_base', got 'quantised_base'"
+    ):
+        export_to_lora(saved, tmp_path / "lora", against="quantised_base")
+    with pytest.raises(ValueError, match="against must be 'base' for an adapter of type sorsa"):
+        export_to_lora(saved, tmp_path / "lora", against="quantized_base")
+    assert not (tmp_path / "lora").exists()
 
 
 def test_unwritable_place_is_named(saved: Path, tmp_path: Path) -> None:

@@ -18,9 +18,27 @@ def test_collectives_return_the_very_tensor_unchanged() -> None:
     tensor = torch.tensor([1.0, 3.0])
     assert dist.broadcast_(tensor) is tensor
     assert dist.all_reduce_mean_(tensor) is tensor
+    assert dist.all_reduce_sum_(tensor) is tensor
     assert dist.full_tensor(tensor) is tensor
     assert tensor.tolist() == [1.0, 3.0]
     assert dist.same_on_all_ranks(tensor)
+
+
+def test_objects_are_gathered_from_the_one_process() -> None:
+    assert dist.gather_objects({"a": 1}) == [{"a": 1}]
+
+
+def test_together_passes_an_error_on() -> None:
+    with dist.together():
+        pass
+    with pytest.raises(KeyError, match="lost"), dist.together():
+        raise KeyError("lost")
+
+
+def test_together_raises_where_another_process_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "gather_objects", lambda text: [text, "no rows"])
+    with pytest.raises(ValueError, match="process 1: no rows"), dist.together():
+        pass
 
 
 def test_a_parameter_is_not_taken_for_a_sharded_one() -> None:

@@ -275,3 +275,27 @@ def test_a_file_in_the_place_of_the_folder_is_refused_and_kept(tmp_path: Path) -
     ):
         pytest.fail("the block must not run")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_one_tensor_of_a_model_is_read_whole_or_sharded(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(2)}
+    files.write_tensors(tmp_path / "whole" / "model.safetensors", tensors)
+    for number, name in enumerate(tensors, 1):
+        files.write_tensors(tmp_path / "shards" / f"model-{number}.safetensors", {name: tensors[name]})
+    index = {"weight_map": {name: f"model-{number}.safetensors" for number, name in enumerate(tensors, 1)}}
+    files.write_json(tmp_path / "shards" / "model.safetensors.index.json", index)
+    for folder in ("whole", "shards"):
+        for name, tensor in tensors.items():
+            assert torch.equal(files.tensor_of_model(tmp_path / folder, name), tensor)
+        with pytest.raises(ValueError, match=r"no tensor c\.weight"):
+            files.tensor_of_model(tmp_path / folder, "c.weight")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        files.tensor_of_model(tmp_path / "empty", "a.weight")
+    (tmp_path / "shards" / "model-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-2\.safetensors is missing"):
+        files.tensor_of_model(tmp_path / "shards", "b.weight")
+    whole = tmp_path / "whole" / "model.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        files.tensor_of_model(tmp_path / "whole", "a.weight")

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_ext.adapters import export_to_lora
+from hf_ext.adapters import awaits_data, export_to_lora, initialize_from_data
 from hf_ext.core import registry
 from hf_ext.core.dist import full_tensor
 from tests.conftest import build_tiny_llama
@@ -40,7 +40,13 @@ def adapted(info: registry.MethodInfo, settings: dict[str, Any]) -> nn.Module:
     assert info.config is not None
     if "gamma" in info.config.__dataclass_fields__:
         settings = {**settings, "gamma": 0.05}
-    return get_peft_model(build_tiny_llama(), info.config(target_modules="all-linear", **settings)).train()
+    model = get_peft_model(build_tiny_llama(), info.config(target_modules="all-linear", **settings))
+    # Each rank its own half of the rows, as in training.
+    mine = BATCH.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else BATCH
+    for name in awaits_data(model):
+        batch = {"input_ids": mine, "labels": mine}
+        initialize_from_data(model, [batch], adapter_name=name, show_progress=False)
+    return model.train()
 
 
 def train(model: nn.Module, ids: Tensor, module: nn.Module | None = None) -> None:

@@ -1,0 +1,105 @@
+"""Seams of transformers' Trainer without a stability promise, checked on 5.23.
+
+A callback of ours may define what is called here; other callbacks are left alone. All are optional:
+`added_to(handler)`, `warm_start()`, `gradient_norm(norm)`, `checkpoint_written(folder)`, `abandon()`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import CallbackHandler, TrainerState
+
+__all__ = ["TrainerSeams", "announce_callbacks", "checkpoint_of", "remember_checkpoint"]
+
+_MARK = "_hf_ext_wrapped"
+_FOLDER = "_hf_ext_checkpoint"
+
+
+def remember_checkpoint() -> None:
+    """Let a `TrainerState` that was read from a file know the file's folder: callbacks are not told it."""
+    original = TrainerState.load_from_json.__func__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def load_from_json(cls: type[TrainerState], json_path: str) -> TrainerState:
+        state = original(cls, json_path)
+        setattr(state, _FOLDER, Path(json_path).resolve().parent)  # no field: it is not saved
+        return state
+
+    setattr(load_from_json, _MARK, True)
+    TrainerState.load_from_json = classmethod(load_from_json)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def checkpoint_of(state: TrainerState) -> Path | None:
+    """Return the checkpoint folder that a state was read from, or None for that of a new run."""
+    return getattr(state, _FOLDER, None)
+
+
+def announce_callbacks() -> None:
+    """Call `added_to(handler)` of a callback that has just been added to a Trainer's handler."""
+    original = CallbackHandler.add_callback
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def add_callback(self: CallbackHandler, callback: Any) -> None:
+        original(self, callback)
+        newest = self.callbacks[-1]
+        if hasattr(newest, "added_to"):
+            try:
+                newest.added_to(self)
+            except BaseException:
+                self.callbacks.remove(newest)
+                raise
+
+    setattr(add_callback, _MARK, True)
+    CallbackHandler.add_callback = add_callback
+
+
+class TrainerSeams:
+    """Overrides for a Trainer's subclass, each a few lines around `super()`; see the module's docstring."""
+
+    callback_handler: CallbackHandler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; whatever ends it early, each callback takes back what it has changed."""
+        try:
+            return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            for abandon in self._having("abandon"):
+                abandon()
+
+    def _prepare_for_training(
+        self: Any, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        # Weights, optimizer and scheduler of another run's checkpoint, without its place in the data.
+        start = resume_from_checkpoint
+        if start is None:
+            found = (warm_start() for warm_start in TrainerSeams._having(self, "warm_start"))
+            start = next((folder for folder in found if folder is not None), None)
+            if start is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self._load_from_checkpoint(start)  # sharded models are loaded once they are wrapped
+        return super()._prepare_for_training(max_steps, train_dataloader, start)  # pyright: ignore
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
+        for gradient_norm in self._having("gradient_norm"):
+            gradient_norm(norm)
+        return norm
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+        # Before trainer_state.json, which makes a checkpoint whole, and before a push.
+        for written in self._having("checkpoint_written"):
+            written(Path(output_dir))
+
+    def _having(self, name: str) -> Iterator[Any]:
+        for callback in list(self.callback_handler.callbacks):
+            method = getattr(callback, name, None)
+            if method is not None:
+                yield method

@@ -1,0 +1,175 @@
+"""Learning-rate curves: one form for the Trainer, for TRL's trainers and for a loop of PyTorch alone.
+
+A curve is a callable that takes a scheduler step and returns a multiple of each parameter group's own peak.
+It runs in torch's `LambdaLR`, which is also what the Trainer makes: there the curve takes the place of the
+lambdas of the Trainer's own scheduler, on `on_train_begin`, so that nothing of the trainer has to be
+overridden. The curve's fields are plain numbers, strings and tensors; `LambdaLR.state_dict` holds them, and
+the Trainer reads `scheduler.pt` with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments
+
+from ..core.checks import check
+from ._base import Callback, Run
+
+_PREFIX = "curve."
+
+
+@dataclass(kw_only=True, eq=False)
+class Curve(ABC):
+    """A learning-rate curve; subclasses are dataclasses of their fields.
+
+    The curve's own time t runs with the scheduler's steps, or at another pace: from step `anchor_step` on it
+    is anchor_time + (step - anchor_step) * pace. So a curve made for a fixed batch can be followed by its
+    samples while the batch grows.
+
+    Args:
+        anchor_step: Scheduler step at which the pace was last set.
+        anchor_time: The curve's time at that step.
+        pace: Time per scheduler step, above 0.
+    """
+
+    anchor_step: int = 0
+    anchor_time: float = 0.0
+    pace: float = 1.0
+
+    @abstractmethod
+    def factor(self, t: float) -> float:
+        """Return the multiple of the peak learning rate at time t; t = 0 is the first update."""
+
+    def time(self, step: int) -> float:
+        """Return the curve's time at a scheduler step."""
+        return self.anchor_time + (step - self.anchor_step) * self.pace
+
+    def set_pace(self, step: int, pace: float) -> None:
+        """Let the curve's time run at another pace from a scheduler step on; it does not jump there."""
+        check(pace > 0.0, "pace", pace, "above 0")
+        self.anchor_time, self.anchor_step, self.pace = self.time(step), step, pace
+
+    def __call__(self, step: int) -> float:
+        """Return the factor at a scheduler step: what `LambdaLR` asks for."""
+        return self.factor(self.time(step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """Return a PyTorch scheduler that follows the curve; its `state_dict` holds the curve too."""
+        functions: list[Callable[[int], float]] = [self for _ in optimizer.param_groups]
+        return LambdaLR(optimizer, functions)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LearningRateCallback(Callback):
+    """Base of the callbacks that own the learning rate: a method says which curve it follows.
+
+    The Trainer's `lr_scheduler_type` and warm-up are not used. A peak is each parameter group's own learning
+    rate, on resume that of the checkpoint.
+    """
+
+    owns: ClassVar[frozenset[str]] = frozenset({"learning_rate"})
+
+    def make_curve(self, run: Run) -> Curve:
+        """Return the curve of a new run."""
+        raise NotImplementedError
+
+    def curve_from(self, fields: Mapping[str, Any]) -> Curve:
+        """Return a curve with the fields of a saved one."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget the curve of an earlier run."""
+        self.curve: Curve | None = None
+        self._scheduler: LambdaLR | None = None
+        self._replaced: list[Callable[[int], float]] = []
+
+    def begin(self, run: Run) -> None:
+        """Put the curve in the place of the Trainer's."""
+        check_scheduler(run.lr_scheduler)
+        resumed = self.curve is not None
+        if self.curve is None:
+            self.curve = self.make_curve(run)
+        _warn_of_unused(run.args, run.lr_scheduler, type(self).__name__, resumed)
+        self._scheduler = run.lr_scheduler
+        self._replaced = list(run.lr_scheduler.lr_lambdas)
+        follow(run.lr_scheduler, [self.curve] * len(self._replaced))
+
+    def undo(self) -> None:
+        """Give the Trainer's scheduler its own lambdas back; the groups' rates stay, as after any run."""
+        if self._scheduler is not None and self._replaced:
+            self._scheduler.lr_lambdas = self._replaced
+        self._scheduler, self._replaced = None, []
+
+    @property
+    def step(self) -> int:
+        """Scheduler step of the next update."""
+        assert self._scheduler is not None
+        return int(self._scheduler.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curve's fields."""
+        fields = {} if self.curve is None else self.curve.state_dict()
+        return {f"{_PREFIX}{name}": value for name, value in fields.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the curve."""
+        fields = {name: value for name, value in state.items() if name.startswith(_PREFIX)}
+        self.curve = self.curve_from({name.removeprefix(_PREFIX): value for name, value in fields.items()})
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise unless a scheduler is one that transformers has made and steps once per optimizer step.
+
+    Raises:
+        ValueError: It is of another class, or follows functions of the user's.
+    """
+    name = type(scheduler).__name__
+    if type(scheduler) is not LambdaLR:
+        raise ValueError(
+            "lr_scheduler_type must be one that steps once per update where a callback sets the learning "
+            f"rate, such as 'linear', got the scheduler {name}"
+        )
+    for function in scheduler.lr_lambdas:
+        module = getattr(getattr(function, "func", function), "__module__", "")
+        if module != "transformers.optimization":
+            raise ValueError(
+                "optimizers=(..., scheduler) and a callback both set the learning rate; leave one of them out"
+            )
+
+
+def follow(scheduler: LambdaLR, functions: list[Any]) -> None:
+    """Let a scheduler follow other functions from where it stands, in the next update already."""
+    scheduler.lr_lambdas = functions
+    rates = [
+        base * function(scheduler.last_epoch)
+        for base, function in zip(scheduler.base_lrs, functions, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        if hasattr(group["lr"], "fill_"):  # a tensor, which a compiled optimizer holds on to
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _warn_of_unused(args: TrainingArguments, scheduler: LambdaLR, owner: str, resumed: bool) -> None:
+    chosen = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    unused = [f"lr_scheduler_type={chosen!r}"] if chosen != "linear" else []
+    unused += [f"warmup_steps={args.warmup_steps!r}"] if args.warmup_steps else []
+    if resumed and args.learning_rate not in scheduler.base_lrs:
+        kept = ", ".join(f"{rate:g}" for rate in dict.fromkeys(map(float, scheduler.base_lrs)))
+        unused.append(f"learning_rate={args.learning_rate:g} (the checkpoint's is {kept})")
+    if unused:
+        warnings.warn(f"{owner} sets the learning rate: {', '.join(unused)} is not used", stacklevel=2)

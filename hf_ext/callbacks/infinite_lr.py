@@ -1,0 +1,469 @@
+"""Infinite learning rate: warm-up, cooldown, an open constant phase to continue from, annealing on demand.
+
+Source: Singh et al. 2025, "Beyond Cosine Decay: On the effectiveness of Infinite Learning Rate Schedule for
+Continual Pre-training", arXiv 2503.02844. With s the index of the update and positions W <= C <= A:
+s < W: lr = max s / W; W <= s < C: from max to const along a cosine, a reciprocal root or a line; C <= s < A:
+const; A <= s <= A + N: const (min / const)^((s - A) / N), and min after it.
+
+Differs from the paper:
+- The curve is a function of s and of the marks W, C, A and N alone. Shares of the run are turned into steps
+  once, in the first run, and kept in checkpoints; a later run of another length does not move them.
+- Rates are shares of each parameter group's own peak.
+- The anneal may also be linear, or 1 - sqrt (`anneal`).
+- Before an anneal the checkpoint to continue from is kept as `infinite_branch`, and training ends with it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..core import dist
+from ..core.checks import check, check_choice
+from ..core.files import atomic_folder
+from ..core.state import load_state, save_state
+from ._base import Neutral, Run, register_callback
+from ._schedule import Curve, LearningRateCallback
+
+__all__ = ["InfiniteLRCallback", "InfiniteLRCurve"]
+
+COOLDOWNS = ("cosine", "rsqrt", "linear")
+ANNEALS = ("exponential", "linear", "one_minus_sqrt")
+PHASES = ("warmup", "cooldown", "constant", "anneal", "annealed")
+BRANCH = "infinite_branch"
+
+
+@dataclass(kw_only=True, eq=False)
+class InfiniteLRCurve(Curve):
+    """The infinite schedule as a function of the update's index.
+
+    `InfiniteLRCurve(warmup_steps=100, cooldown_steps=300).scheduler(optimizer)` is a PyTorch scheduler.
+
+    Args:
+        warmup_steps: W, end of the warm-up, at least 0.
+        cooldown_steps: C, end of the cooldown (a position, not a length), at least W.
+        const_lr_ratio: Constant rate over peak, in (0, 1].
+        min_lr_ratio: Rate at the end of the anneal over peak, in (0, const_lr_ratio]; 0 is allowed unless the
+            anneal is exponential.
+        cooldown: "cosine", "rsqrt" or "linear".
+        rsqrt_scale: a in 1 / sqrt(1 + a x), above 0.
+        anneal: "exponential", "linear" or "one_minus_sqrt".
+        anneal_start: A, or None while no anneal is planned; at least C.
+        anneal_steps: N, at least 1; None while no anneal is planned.
+
+    Raises:
+        ValueError: A field is outside its range.
+    """
+
+    warmup_steps: int
+    cooldown_steps: int
+    const_lr_ratio: float = 0.1
+    min_lr_ratio: float = 0.01
+    cooldown: str = "cosine"
+    rsqrt_scale: float = 10.0
+    anneal: str = "exponential"
+    anneal_start: int | None = None
+    anneal_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        rule = f"at least warmup_steps ({self.warmup_steps})"
+        check(self.cooldown_steps >= self.warmup_steps, "cooldown_steps", self.cooldown_steps, rule)
+        check_levels(self)
+        if self.anneal_start is not None:
+            rule = f"at least cooldown_steps ({self.cooldown_steps})"
+            check(self.anneal_start >= self.cooldown_steps, "anneal_start", self.anneal_start, rule)
+            given = self.anneal_steps is not None and self.anneal_steps >= 1
+            check(given, "anneal_steps", self.anneal_steps, "at least 1")
+
+    def factor(self, t: float) -> float:
+        """Return the rate at time t over the peak."""
+        phase = self.phase(t)
+        if phase == "warmup":
+            return t / self.warmup_steps
+        if phase == "cooldown":
+            x = (t - self.warmup_steps) / (self.cooldown_steps - self.warmup_steps)
+            return 1.0 + (self.const_lr_ratio - 1.0) * self._cooled(x)
+        if phase == "constant":
+            return self.const_lr_ratio
+        assert self.anneal_start is not None
+        assert self.anneal_steps is not None
+        y = min(1.0, (t - self.anneal_start) / self.anneal_steps)
+        return self._annealed(y)
+
+    def _cooled(self, x: float) -> float:
+        """Return the share of the way from peak to constant rate, 0 at x = 0 and 1 at x = 1."""
+        if self.cooldown == "cosine":
+            return (1.0 - math.cos(math.pi * x)) / 2.0
+        if self.cooldown == "rsqrt":
+            a = self.rsqrt_scale
+            return (1.0 / math.sqrt(1.0 + a * x) - 1.0) / (1.0 / math.sqrt(1.0 + a) - 1.0)
+        return x
+
+    def _annealed(self, y: float) -> float:
+        top, bottom = self.const_lr_ratio, self.min_lr_ratio
+        if self.anneal == "exponential":
+            return top * math.exp(y * math.log(bottom / top))
+        return bottom + (top - bottom) * (1.0 - (y if self.anneal == "linear" else math.sqrt(y)))
+
+    def phase(self, t: float) -> str:
+        """Return which of `PHASES` time t lies in."""
+        if t < self.warmup_steps:
+            return "warmup"
+        if t < self.cooldown_steps:
+            return "cooldown"
+        if self.anneal_start is None or self.anneal_steps is None or t < self.anneal_start:
+            return "constant"
+        return "anneal" if t <= self.anneal_start + self.anneal_steps else "annealed"
+
+    def start_anneal(self, t: int, steps: int) -> None:
+        """Begin an anneal of some steps at time t.
+
+        Raises:
+            ValueError: The constant phase has not been reached, an anneal has begun, or steps is below 1.
+        """
+        phase = self.phase(t)
+        check(phase == "constant", "start_anneal", t, "in the constant phase", where=f"now in {phase}")
+        check(steps >= 1, "anneal_steps", steps, "at least 1")
+        self.anneal_start, self.anneal_steps = t, steps
+
+
+def check_levels(settings: Any) -> None:
+    """Check what the curve and the callback have in common: rates and shapes.
+
+    Raises:
+        ValueError: A field is outside its range.
+    """
+    const, low = settings.const_lr_ratio, settings.min_lr_ratio
+    check(0.0 < const <= 1.0, "const_lr_ratio", const, "in (0, 1]")
+    check_choice("cooldown", settings.cooldown, COOLDOWNS)
+    check(settings.rsqrt_scale > 0.0, "rsqrt_scale", settings.rsqrt_scale, "above 0")
+    check_choice("anneal", settings.anneal, ANNEALS)
+    if settings.anneal == "exponential":
+        check(
+            0.0 < low <= const,
+            "min_lr_ratio",
+            low,
+            f"in (0, const_lr_ratio = {const}] (0 needs anneal='linear')",
+        )
+    check(0.0 <= low <= const, "min_lr_ratio", low, f"in [0, const_lr_ratio = {const}]")
+
+
+@register_callback(
+    "infinite_lr",
+    summary="open-ended learning rate: continue on new data from its constant phase, anneal on demand",
+    paper="arXiv:2503.02844",
+    supports={"bare"},
+    neutral=Neutral(
+        settings={"warmup_steps": 0, "cooldown_steps": 0, "const_lr_ratio": 1.0, "min_lr_ratio": 1.0},
+        arguments={"lr_scheduler_type": "constant"},
+    ),
+    test_kwargs={"warmup_steps": 2, "cooldown_steps": 4, "anneal_start": 7, "anneal_steps": 2},
+    bad_kwargs=(
+        {"warmup_steps": -1},
+        {"warmup_end": 1.0},
+        {"warmup_steps": 5, "cooldown_steps": 4},
+        {"cooldown_end": 1.5},
+        {"warmup_end": 0.2, "cooldown_end": 0.1},
+        {"cooldown": "square"},
+        {"rsqrt_scale": 0.0},
+        {"const_lr_ratio": 0.0},
+        {"const_lr_ratio": 1.5},
+        {"min_lr_ratio": 0.2},
+        {"min_lr_ratio": 0.0},
+        {"anneal_start": 0.0},
+        {"anneal_start": -3},
+        {"anneal_steps": 0},
+        {"anneal": "sudden"},
+        {"start_phase": "anneal"},
+    ),
+)
+@dataclass(kw_only=True, eq=False, repr=False)
+class InfiniteLRCallback(LearningRateCallback):
+    """Follow the infinite schedule; anneal when asked to, and keep the checkpoint to continue from.
+
+    Before an anneal the checkpoint is saved and kept, with optimizer and scheduler, as
+    `output_dir/infinite_branch`; the anneal ends the run with a last checkpoint. New data continue from the
+    branch: `hf_ext.attach(trainer, InfiniteLRCallback(continue_from="out/infinite_branch"))` starts with its
+    weights, its optimizer state and the constant rate, from the first batch of the new data.
+
+    In a checkpoint: the curve's marks and ratios, and the optimizer's class name.
+
+    Args:
+        warmup_steps: End of the warm-up in optimizer steps, at least 0; None for `warmup_end`.
+        warmup_end: The same as a share of the first run, in [0, 1).
+        cooldown_steps: End of the cooldown (a position) in optimizer steps; None for `cooldown_end`.
+        cooldown_end: The same as a share of the first run, in [warmup_end, 1].
+        cooldown: Shape from peak to constant rate: "cosine", "rsqrt" or "linear".
+        rsqrt_scale: a in 1 / sqrt(1 + a x), above 0; larger falls earlier.
+        const_lr_ratio: Constant rate over peak, in (0, 1].
+        min_lr_ratio: Rate after an anneal over peak, in (0, const_lr_ratio]; 0 unless it is exponential.
+        anneal_start: First step of a planned anneal: an int counts optimizer steps since the first run began,
+            a float in (0, 1) is a share of this run. None leaves the schedule open.
+        anneal_steps: Length of the planned anneal, at least 1; None for the rest of the run.
+        anneal: Shape of the anneal: "exponential", "linear" or "one_minus_sqrt".
+        start_phase: "warmup", or "constant" to begin in the constant phase without a checkpoint of one.
+        continue_from: Checkpoint of the constant phase to continue on new data from; needs `attach`.
+    """
+
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"anneal_start", "anneal_steps", "anneal", "continue_from"}
+    )
+
+    warmup_steps: int | None = None
+    warmup_end: float = 0.05
+    cooldown_steps: int | None = None
+    cooldown_end: float = 0.15
+    cooldown: str = "cosine"
+    rsqrt_scale: float = 10.0
+    const_lr_ratio: float = 0.1
+    min_lr_ratio: float = 0.01
+    anneal_start: int | float | None = None
+    anneal_steps: int | None = None
+    anneal: str = "exponential"
+    start_phase: str = "warmup"
+    continue_from: str | None = None
+
+    def validate(self) -> None:
+        """Check the settings."""
+        check_levels(self)
+        w, c, start = self.warmup_steps, self.cooldown_steps, self.anneal_start
+        check(w is None or w >= 0, "warmup_steps", w, "at least 0")
+        check(0.0 <= self.warmup_end < 1.0, "warmup_end", self.warmup_end, "in [0, 1)")
+        check(c is None or c >= (w or 0), "cooldown_steps", c, f"at least warmup_steps ({w or 0})")
+        low = self.warmup_end if w is None else 0.0
+        check(low <= self.cooldown_end <= 1.0, "cooldown_end", self.cooldown_end, f"in [{low}, 1]")
+        if isinstance(start, float):
+            check(
+                0.0 < start < 1.0, "anneal_start", start, "a share of the run in (0, 1), or an int of steps"
+            )
+        check(start is None or start >= 0, "anneal_start", start, "at least 0")
+        check(
+            self.anneal_steps is None or self.anneal_steps >= 1,
+            "anneal_steps",
+            self.anneal_steps,
+            "at least 1",
+        )
+        check_choice("start_phase", self.start_phase, ("warmup", "constant"))
+
+    def needs_attach(self, args: TrainingArguments) -> str | None:
+        """Continuing on new data loads another run's state before training begins."""
+        return (
+            None if self.continue_from is None else "loads a checkpoint (continue_from) before the first step"
+        )
+
+    def warm_start(self) -> str | None:
+        """Return the branch, once it is known to be one.
+
+        Raises:
+            ValueError: It is no checkpoint of this schedule's constant phase.
+        """
+        if self.continue_from is None:
+            return None
+        folder = Path(self.continue_from)
+        for name in ("trainer_state.json", "scheduler.pt", f"{self.file_name()}.json"):
+            rule = f"a checkpoint of a run with {type(self).__name__}"
+            check((folder / name).is_file(), "continue_from", self.continue_from, rule, where=f"no {name}")
+        phase = self.read_state(folder, of_other_run=True)["phase"]
+        rule = "a checkpoint of the constant phase, such as infinite_branch"
+        check(
+            phase == "constant",
+            "continue_from",
+            self.continue_from,
+            rule,
+            where=f"it is of the phase {phase}",
+        )
+        return self.continue_from
+
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        super().reset()
+        self._asked: int | None = None
+        self._optimizer: str | None = None
+        self._plan: list[Any] = []
+        self._can_branch = True
+
+    def begin(self, run: Run) -> None:
+        """Follow the curve, from where the checkpoint stands where there is one."""
+        if run.warm_start is not None:
+            self.load_state_dict(self.read_state(run.warm_start, of_other_run=True))
+        optimizer = run.optimizer_name
+        known = self._optimizer in (None, optimizer)
+        check(known, "optimizer", optimizer, f"{self._optimizer}, as in the checkpoint")
+        self._optimizer, self._can_branch = optimizer, not run.args.save_only_model
+        fresh = self.curve is None
+        super().begin(run)
+        plan = [self.anneal_start, self.anneal_steps, self.anneal]
+        if fresh or run.warm_start is not None or plan != self._plan:
+            self._plan_anneal(run)
+            self._plan = plan
+
+    def make_curve(self, run: Run) -> InfiniteLRCurve:
+        """Resolve shares of the run into steps; an anneal is planned later."""
+        total = run.state.max_steps
+        warmup = round(self.warmup_end * total) if self.warmup_steps is None else self.warmup_steps
+        cooldown = round(self.cooldown_end * total) if self.cooldown_steps is None else self.cooldown_steps
+        if self.start_phase == "constant":
+            warmup = cooldown = 0
+        check(warmup <= total, "warmup_steps", warmup, f"at most the run's {total} steps")
+        check(cooldown <= total, "cooldown_steps", cooldown, f"at most the run's {total} steps")
+        if 0 < cooldown == warmup and self.const_lr_ratio < 1.0:
+            warnings.warn("cooldown_steps equals warmup_steps: the learning rate drops at once", stacklevel=2)
+        return InfiniteLRCurve(
+            warmup_steps=warmup,
+            cooldown_steps=cooldown,
+            const_lr_ratio=self.const_lr_ratio,
+            min_lr_ratio=self.min_lr_ratio,
+            cooldown=self.cooldown,
+            rsqrt_scale=self.rsqrt_scale,
+            anneal=self.anneal,
+        )
+
+    def curve_from(self, fields: Mapping[str, Any]) -> InfiniteLRCurve:
+        """Return the saved curve."""
+        return InfiniteLRCurve(**fields)
+
+    def _plan_anneal(self, run: Run) -> None:
+        """Set the marks of the anneal that the settings ask for; none are left of an earlier plan."""
+        curve = self._curve()
+        now = curve.time(self.step)
+        check(
+            not _annealing(curve, now),
+            "anneal_start",
+            self.anneal_start,
+            "left as it was once an anneal has begun",
+        )
+        begin = now - run.state.global_step  # of this run, in the curve's time
+        last = begin + run.state.max_steps - 1
+        start = self.anneal_start
+        curve.anneal, curve.anneal_start, curve.anneal_steps = self.anneal, None, None
+        if start is None:
+            check(
+                self.anneal_steps is None,
+                "anneal_steps",
+                self.anneal_steps,
+                "left out without an anneal_start",
+            )
+            return
+        self._check_branch()
+        mark = round(begin + start * run.state.max_steps) if isinstance(start, float) else start
+        rule = f"in the constant phase of this run, {max(curve.cooldown_steps, now):g} to {last - 1:g}"
+        check(
+            max(curve.cooldown_steps, now) <= mark < last, "anneal_start", start, rule, where=f"step {mark}"
+        )
+        curve.anneal_start = mark
+        curve.anneal_steps = round(last) - mark if self.anneal_steps is None else self.anneal_steps
+        if mark + curve.anneal_steps > last:
+            warnings.warn(
+                f"anneal_steps reaches beyond the run, which ends at {curve.factor(last):g} of the peak rate",
+                stacklevel=2,
+            )
+
+    def start_anneal(self, steps: int) -> None:
+        """Ask for an anneal; it begins with the update after the current one, from a kept checkpoint.
+
+        From another callback, a signal handler or a thread; on every process, before the same update.
+
+        Args:
+            steps: Length in optimizer steps, at least 1.
+
+        Raises:
+            ValueError: No run is on, an anneal has been asked for or has begun, or steps is below 1.
+        """
+        check(
+            self.curve is not None and self._scheduler is not None,
+            "start_anneal",
+            steps,
+            "called during training",
+        )
+        check(steps >= 1, "anneal_steps", steps, "at least 1")
+        planned = self._asked is not None or _annealing(self._curve(), self._curve().time(self.step))
+        check(not planned, "start_anneal", steps, "called once: an anneal is on")
+        self._check_branch()
+        self._asked = steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin an anneal, save what comes before it, and stop after it."""
+        curve = self._curve()
+        now = curve.time(self.step)
+        if self._asked is not None and curve.phase(now) not in ("warmup", "cooldown"):
+            curve.anneal_start = curve.anneal_steps = None  # one that was planned for later
+            curve.start_anneal(round(now), self._asked)
+            self._asked = None
+        if curve.anneal_start is None or curve.anneal_steps is None:
+            return
+        if now == curve.anneal_start:
+            control.should_save = True
+        if now > curve.anneal_start + curve.anneal_steps:
+            control.should_save = control.should_training_stop = True
+
+    def saved(self, run: Run, folder: Path) -> None:
+        """Keep the checkpoint that an anneal starts from, where no rotation finds it."""
+        curve = self._curve()
+        if (
+            self._can_branch
+            and curve.anneal_start is not None
+            and curve.time(self.step) == curve.anneal_start
+        ):
+            dist.on_main(lambda: self._keep(folder, run.output_dir / BRANCH))
+
+    def _keep(self, folder: Path, branch: Path) -> None:
+        with atomic_folder(branch) as fresh:
+            shutil.copytree(folder, fresh, copy_function=_link, dirs_exist_ok=True)
+            # There it has never been annealed, whatever the settings that it is resumed with.
+            scalars, tensors = load_state(fresh, self.file_name())
+            unplanned = {
+                "curve.anneal_start": None,
+                "curve.anneal_steps": None,
+                "plan": [None, None, self.anneal],
+            }
+            scalars["state"].update(unplanned)
+            save_state(fresh, self.file_name(), scalars, tensors)
+
+    def _check_branch(self) -> None:
+        rule = "False where an anneal is to come: the checkpoint to continue from needs the optimizer's state"
+        check(self._can_branch, "save_only_model", True, rule)
+
+    def _curve(self) -> InfiniteLRCurve:
+        assert isinstance(self.curve, InfiniteLRCurve)
+        return self.curve
+
+    def scalars(self) -> dict[str, float]:
+        """Return the phase of the last update (0 to 4, as in `PHASES`) and its time on the curve."""
+        time = self._curve().time(max(self.step - 1, 0))
+        return {"phase": float(PHASES.index(self._curve().phase(time))), "time": time}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curve, its phase, the plan that the settings asked for, and the optimizer's class."""
+        curve = self._curve()
+        now = curve.time(self.step)
+        phase = "constant" if now == curve.anneal_start else curve.phase(now)
+        own = {"phase": phase, "plan": self._plan, "asked": self._asked, "optimizer": self._optimizer}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        super().load_state_dict(state)
+        self._plan, self._asked, self._optimizer = list(state["plan"]), state["asked"], state["optimizer"]
+
+
+def _annealing(curve: InfiniteLRCurve, now: float) -> bool:
+    """Return whether an update has been made in the anneal; the one at its start is next otherwise."""
+    return curve.anneal_start is not None and now > curve.anneal_start
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

@@ -1,0 +1,437 @@
+"""The infinite schedule: the paper's curve, the anneal, and continuing from the constant phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ext.callbacks import InfiniteLRCallback, InfiniteLRCurve
+from hf_ext.callbacks.infinite_lr import ANNEALS, COOLDOWNS
+from tests.callbacks.runs import StopAt, build, equal, logged, parameters, rows, tiny_model
+from tests.reference.infinite_lr import learning_rate
+
+MARKS: dict[str, Any] = {"warmup_steps": 4, "cooldown_steps": 8, "anneal_start": 20, "anneal_steps": 10}
+PAPER = {"eta_max": 1e-3, "eta_const": 1e-4, "eta_min": 1e-5, "W": 4, "C": 8, "A": 20, "N": 10}
+SHORT: dict[str, Any] = {"warmup_steps": 2, "cooldown_steps": 4}
+
+
+def rates(curve: InfiniteLRCurve, steps: int, peak: float = 1e-3) -> list[float]:
+    return [peak * curve(s) for s in range(steps)]
+
+
+# The curve ----------------------------------------------------------------------------------------
+
+
+def test_the_paper_s_points() -> None:
+    curve = InfiniteLRCurve(**MARKS)
+    points = {
+        0: 0.0,
+        2: 5e-4,
+        4: 1e-3,
+        6: 5.5e-4,
+        8: 1e-4,
+        12: 1e-4,
+        19: 1e-4,
+        20: 1e-4,
+        25: 3.162278e-5,
+        30: 1e-5,
+    }
+    for s, rate in points.items():
+        assert 1e-3 * curve(s) == pytest.approx(rate, rel=1e-6), s
+    assert 1e-3 * curve(31) == pytest.approx(1e-5, rel=1e-12)
+    assert curve(1000) == curve(30)
+
+
+@pytest.mark.parametrize(
+    ("cooldown", "middle"), [("cosine", 5.5e-4), ("linear", 5.5e-4), ("rsqrt", 2.375302e-4)]
+)
+def test_cooldown_shapes_meet_at_their_ends(cooldown: str, middle: float) -> None:
+    curve = InfiniteLRCurve(**MARKS, cooldown=cooldown)
+    assert 1e-3 * curve(6) == pytest.approx(middle, rel=1e-6)
+    assert (curve(4), curve(8)) == (1.0, 0.1)
+
+
+@pytest.mark.parametrize("cooldown", COOLDOWNS)
+@pytest.mark.parametrize("anneal", ANNEALS)
+def test_equals_the_reference(cooldown: str, anneal: str) -> None:
+    curve = InfiniteLRCurve(**MARKS, cooldown=cooldown, anneal=anneal, rsqrt_scale=7.0)
+    expected = [learning_rate(s, **PAPER, cooldown=cooldown, anneal=anneal, a=7.0) for s in range(40)]
+    # Both are double precision, in another order of operations.
+    assert rates(curve, 40) == pytest.approx(expected, rel=1e-13, abs=1e-18)
+
+
+def test_the_exponential_anneal_is_geometric() -> None:
+    curve = InfiniteLRCurve(**MARKS)
+    for s in range(20, 30):
+        assert curve(s + 1) / curve(s) == pytest.approx(0.1 ** (1 / 10), rel=1e-12)
+
+
+@pytest.mark.parametrize("cooldown", COOLDOWNS)
+@pytest.mark.parametrize("anneal", ANNEALS)
+def test_no_jump_at_the_joints(cooldown: str, anneal: str) -> None:
+    values = rates(InfiniteLRCurve(**MARKS, cooldown=cooldown, anneal=anneal), 40)
+    steps = [abs(b - a) for a, b in pairwise(values)]
+    phases = [(0, 4), (4, 8), (8, 20), (20, 30)]
+    for joint, left, right in zip((4, 8, 20), phases, phases[1:], strict=False):
+        allowed = max(steps[slice(*left)] + steps[slice(*right)])
+        assert steps[joint - 1] <= allowed
+
+
+def test_one_curve_for_every_peak() -> None:
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [nn.Parameter(torch.ones(1))], "lr": 1.0},
+            {"params": [nn.Parameter(torch.ones(1))], "lr": 4.0},
+        ]
+    )
+    scheduler = InfiniteLRCurve(**MARKS).scheduler(optimizer)
+    for s in range(40):
+        assert [group["lr"] for group in optimizer.param_groups] == [
+            InfiniteLRCurve(**MARKS)(s) * p for p in (1, 4)
+        ]
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"cooldown_steps": 3}, "cooldown_steps"),
+        ({"anneal_start": 7}, "anneal_start"),
+        ({"anneal_steps": 0}, "anneal_steps"),
+        ({"anneal_steps": None}, "anneal_steps"),
+        ({"min_lr_ratio": 0.0}, "min_lr_ratio"),
+    ],
+)
+def test_a_curve_refuses_bad_fields(bad: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}"):
+        InfiniteLRCurve(**{**MARKS, **bad})
+
+
+def test_a_linear_anneal_may_end_at_zero() -> None:
+    assert InfiniteLRCurve(**MARKS, anneal="linear", min_lr_ratio=0.0)(30) == 0.0
+
+
+def test_resumes_in_a_bare_loop(tmp_path: Path) -> None:
+    def start() -> tuple[Any, Any, Any]:
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=1e-2)
+        return weight, optimizer, InfiniteLRCurve(warmup_steps=2, cooldown_steps=5).scheduler(optimizer)
+
+    def train(weight: Any, optimizer: Any, scheduler: Any, first: int, last: int) -> None:
+        for s in range(first, last):
+            if s == 7:
+                scheduler.lr_lambdas[0].start_anneal(s, 4)
+            (weight * torch.arange(3.0) * (s + 1)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+
+    whole = start()
+    train(*whole, 0, 14)
+    cut = start()
+    train(*cut, 0, 9)
+    torch.save([cut[1].state_dict(), cut[2].state_dict()], tmp_path / "state.pt")
+    resumed = start()
+    optimizer_state, scheduler_state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed[0].data.copy_(cut[0].data)
+    resumed[1].load_state_dict(optimizer_state)
+    resumed[2].load_state_dict(scheduler_state)
+    assert resumed[2].lr_lambdas[0].anneal_start == 7
+    train(*resumed, 9, 14)
+    assert torch.equal(resumed[0], whole[0])
+
+
+# In a trainer -------------------------------------------------------------------------------------
+
+
+def test_the_learning_rates_of_a_run(tmp_path: Path) -> None:
+    trainer = build(tmp_path, InfiniteLRCallback(**SHORT, anneal_start=6, anneal_steps=3), attach=False)
+    trainer.train()
+    expected = [
+        learning_rate(s, eta_max=1e-2, eta_const=1e-3, eta_min=1e-4, W=2, C=4, A=6, N=3) for s in range(10)
+    ]
+    assert logged(trainer, "learning_rate") == pytest.approx(expected, rel=1e-12, abs=1e-18)
+    assert logged(trainer, "infinite_lr/phase") == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+
+
+def test_shares_of_the_first_run_are_kept(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"warmup_end": 0.2, "cooldown_end": 0.4}
+    trainer = build(tmp_path, InfiniteLRCallback(**settings))
+    trainer.train()
+    # Resumed for twice the length: the shares would now be other steps.
+    longer = build(tmp_path, InfiniteLRCallback(**settings), max_steps=20)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert logged(longer, "learning_rate")[:10] == logged(trainer, "learning_rate")
+    assert set(logged(longer, "learning_rate")[4:]) == {1e-2 * 0.1}
+
+
+def test_start_phase_constant(tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path, InfiniteLRCallback(start_phase="constant", anneal_start=0.6), save_strategy="no"
+    )
+    trainer.train()
+    found = logged(trainer, "learning_rate")
+    assert set(found[:7]) == {1e-2 * 0.1}
+    assert found[9] == pytest.approx(1e-4, rel=1e-12)
+    assert sorted(found[6:], reverse=True) == found[6:]
+
+
+class AnnealAt(StopAt):
+    """Ask for an anneal after a step."""
+
+    callback: InfiniteLRCallback
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.callback.start_anneal(3)
+
+
+def test_anneal_on_demand_saves_a_branch_and_ends_the_run(tmp_path: Path) -> None:
+    callback, ask = InfiniteLRCallback(**SHORT), AnnealAt(5)
+    ask.callback = callback
+    # Of its saves only the last is kept: the branch must outlive the rotation.
+    trainer = build(tmp_path, callback, others=[ask], max_steps=30, save_steps=4, save_total_limit=1)
+    trainer.train()
+    found = logged(trainer, "learning_rate")
+    # The request comes after ours has run in step 5: the anneal begins one update later.
+    assert len(found) == 10
+    assert found[6] == 1e-2 * 0.1
+    assert found[9] == pytest.approx(1e-4, rel=1e-12)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"checkpoint-10", "infinite_branch"}
+    names = {p.name for p in (tmp_path / "infinite_branch").iterdir()}
+    assert {
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    } <= names
+    assert json.loads((tmp_path / "infinite_branch" / "trainer_state.json").read_text())["global_step"] == 6
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_anneal_goes_on(tmp_path: Path) -> None:
+    ends = []
+    for stop in ([], [StopAt(8)]):
+        callback, ask = InfiniteLRCallback(**SHORT), AnnealAt(4)
+        ask.callback = callback
+        folder = tmp_path / str(len(stop))
+        trainer = build(folder, callback, others=[ask, *stop], max_steps=30, save_steps=7)
+        if stop:
+            with pytest.raises(InterruptedError):
+                trainer.train()
+            trainer = build(folder, InfiniteLRCallback(**SHORT), max_steps=30, save_steps=7)
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-7"))
+        else:
+            trainer.train()
+        ends.append(parameters(trainer))
+        assert trainer.state.global_step == 9
+    assert equal(*ends)
+
+
+def test_a_second_or_an_early_anneal(tmp_path: Path) -> None:
+    callback = InfiniteLRCallback(**SHORT)
+    with pytest.raises(ValueError, match="called during training"):
+        callback.start_anneal(3)
+    ask = AnnealAt(1)
+    ask.callback = callback
+    trainer = build(tmp_path, callback, others=[ask, second := AnnealAt(2)])
+    second.callback = callback
+    with pytest.raises(ValueError, match="an anneal is on"):
+        trainer.train()
+    # Asked for in the warm-up, it begins with the constant phase.
+    callback, ask = InfiniteLRCallback(**SHORT), AnnealAt(1)
+    ask.callback = callback
+    trainer = build(tmp_path, callback, others=[ask])
+    trainer.train()
+    assert logged(trainer, "infinite_lr/phase") == [0, 0, 1, 1, 3, 3, 3, 3]
+
+
+# Continuing ---------------------------------------------------------------------------------------
+
+
+def first_run(folder: Path, **settings: Any) -> Any:
+    trainer = build(folder, InfiniteLRCallback(**SHORT, **settings))
+    trainer.train()
+    return trainer
+
+
+def test_new_data_continue_from_the_branch(tmp_path: Path) -> None:
+    first_run(tmp_path / "one", anneal_start=6, anneal_steps=3)
+    branch = tmp_path / "one" / "infinite_branch"
+    seen: dict[str, Any] = {}
+
+    class Look(StopAt):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                seen["state"] = [
+                    {k: v.clone() for k, v in s.items()}
+                    for s in kwargs["optimizer"].state_dict()["state"].values()
+                ]
+                seen["weights"] = {n: p.detach().clone() for n, p in kwargs["model"].named_parameters()}
+
+    class FirstBatch:
+        def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            ids = torch.tensor([f["input_ids"] for f in features])
+            seen.setdefault("batch", ids)
+            return {"input_ids": ids, "labels": ids}
+
+    new = build(
+        tmp_path / "two",
+        InfiniteLRCallback(continue_from=str(branch)),
+        others=[Look(99)],
+        data=rows(50),
+        max_steps=6,
+    )
+    new.data_collator = FirstBatch()
+    new.train()
+    assert logged(new, "learning_rate") == [1e-2 * 0.1] * 6
+    assert new.state.global_step == 6
+    saved = torch.load(branch / "optimizer.pt", weights_only=True)["state"]
+    for here, there in zip(seen["state"], saved.values(), strict=True):
+        assert all(torch.equal(value, there[name]) for name, value in here.items())
+    from safetensors.torch import load_file
+
+    stored = load_file(branch / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in seen["weights"].items() if name in stored)
+    # The first batch is that of a run which begins on these data.
+    plain = build(tmp_path / "plain", data=rows(50), max_steps=1, save_strategy="no")
+    again, seen["ours"] = FirstBatch(), seen.pop("batch")
+    plain.data_collator = again
+    plain.train()
+    assert torch.equal(seen["ours"], seen["batch"])
+
+
+def test_a_continued_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    first_run(tmp_path / "one")
+    start = InfiniteLRCallback(continue_from=str(tmp_path / "one" / "checkpoint-5"), anneal_start=0.6)
+    settings = start.settings()
+    whole = build(tmp_path / "two", start, data=rows(50))
+    whole.train()
+    resumed = build(tmp_path / "three", InfiniteLRCallback(**settings), data=rows(50))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-5"))
+    assert equal(parameters(resumed), parameters(whole))
+    # 0.6 of this run's ten steps, after the five that the checkpoint had seen.
+    assert logged(whole, "infinite_lr/phase") == [2.0] * 6 + [3.0] * 4
+
+
+def test_continuing_from_the_branch_equals_a_run_that_never_annealed(tmp_path: Path) -> None:
+    first_run(tmp_path / "annealed", anneal_start=6, anneal_steps=3)
+    never = first_run(tmp_path / "open")
+    back = build(tmp_path / "back", InfiniteLRCallback(**SHORT))
+    back.train(resume_from_checkpoint=str(tmp_path / "annealed" / "infinite_branch"))
+    assert equal(parameters(back), parameters(never))
+
+
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_an_annealed_checkpoint_is_no_place_to_continue_from(on_demand: bool, tmp_path: Path) -> None:
+    callback = InfiniteLRCallback(**SHORT, **({} if on_demand else {"anneal_start": 6, "anneal_steps": 3}))
+    ask = AnnealAt(5 if on_demand else 99)
+    ask.callback = callback
+    build(tmp_path / "one", callback, others=[ask]).train()
+    again = build(tmp_path / "two", InfiniteLRCallback(continue_from=str(tmp_path / "one" / "checkpoint-10")))
+    before = parameters(again)
+    with pytest.raises(ValueError, match="continue_from must be a checkpoint of the constant phase"):
+        again.train()
+    assert equal(parameters(again), before)
+    replan = build(
+        tmp_path / "three", InfiniteLRCallback(**SHORT, anneal_start=9, anneal_steps=1), max_steps=20
+    )
+    with pytest.raises(ValueError, match="anneal_start must be left as it was"):
+        replan.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-10"))
+
+
+def test_a_folder_that_is_no_branch_is_refused(tmp_path: Path) -> None:
+    build(tmp_path / "plain").train()
+    trainer = build(
+        tmp_path / "two", InfiniteLRCallback(continue_from=str(tmp_path / "plain" / "checkpoint-5"))
+    )
+    with pytest.raises(
+        ValueError, match=r"continue_from must be a checkpoint of a run with InfiniteLRCallback"
+    ):
+        trainer.train()
+
+
+def test_continuing_needs_attach(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"attach\(trainer, InfiniteLRCallback\(continue_from='x'\)\)"):
+        build(tmp_path, InfiniteLRCallback(continue_from="x"), attach=False)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    first_run(tmp_path / "one")
+    callback = InfiniteLRCallback(continue_from=str(tmp_path / "one" / "checkpoint-5"))
+    trainer = build(tmp_path / "two", callback, optim="sgd")
+    with pytest.raises(ValueError, match="optimizer must be AdamW, as in the checkpoint"):
+        trainer.train()
+
+
+# Refusals and warnings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"warmup_steps": 11, "cooldown_steps": 12}, "warmup_steps"),
+        ({"cooldown_steps": 11}, "cooldown_steps"),
+        ({"cooldown_steps": 4, "anneal_start": 3}, "anneal_start"),
+        ({"cooldown_steps": 4, "anneal_start": 10}, "anneal_start"),
+        ({"anneal_steps": 3}, "anneal_steps"),
+    ],
+)
+def test_phases_longer_than_the_run(settings: dict[str, Any], field: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{field}"):
+        build(tmp_path, InfiniteLRCallback(**settings)).train()
+
+
+def test_an_anneal_needs_whole_checkpoints(tmp_path: Path) -> None:
+    trainer = build(tmp_path, InfiniteLRCallback(**SHORT, anneal_start=6), save_only_model=True)
+    with pytest.raises(ValueError, match="save_only_model must be False"):
+        trainer.train()
+
+
+def test_an_anneal_beyond_the_run_is_warned_of(tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path, InfiniteLRCallback(**SHORT, anneal_start=6, anneal_steps=30), save_strategy="no"
+    )
+    with pytest.warns(UserWarning, match=r"ends at 0\.0794328 of the peak"):  # 0.1 * 0.1 ** (3 / 30)
+        trainer.train()
+
+
+def test_a_jump_is_warned_of(tmp_path: Path) -> None:
+    trainer = build(tmp_path, InfiniteLRCallback(warmup_steps=2, cooldown_steps=2), save_strategy="no")
+    with pytest.warns(UserWarning, match="drops at once"):
+        trainer.train()
+
+
+def test_other_settings_on_resume_are_refused_by_name(tmp_path: Path) -> None:
+    first_run(tmp_path)
+    trainer = build(tmp_path, InfiniteLRCallback(**SHORT, const_lr_ratio=0.2))
+    with pytest.raises(ValueError, match=r"const_lr_ratio must be 0\.1, as in the checkpoint, got 0\.2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_run_without_conflicts_warns_of_nothing(tmp_path: Path) -> None:
+    trainer = build(tmp_path, InfiniteLRCallback(**SHORT), save_strategy="no", max_steps=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.train()
+
+
+def test_every_setting_is_described() -> None:
+    doc = InfiniteLRCallback.__doc__ or ""
+    assert [f.name for f in dataclasses.fields(InfiniteLRCallback) if f"        {f.name}: " not in doc] == []
+
+
+def test_the_model_of_the_tests_is_the_same_each_time() -> None:
+    first, second = tiny_model(), tiny_model()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

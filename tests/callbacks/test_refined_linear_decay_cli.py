@@ -1,0 +1,61 @@
+"""`hf-ext schedule refine`: the schedule that a second run would follow, as a file and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_ext.callbacks import recorded_norms, refined_schedule
+from hf_ext.cli import main
+from hf_ext.core.state import save_state
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Return a run's folder with the norms of forty updates, which fall and then rise."""
+    l2 = [2.0 + math.cos(step / 6) for step in range(40)]
+    tensors = {
+        "step": torch.arange(1, 41),
+        "l2": torch.tensor(l2).double(),
+        "l1": 9 * torch.tensor(l2).double(),
+    }
+    save_state(tmp_path, "gradient_norms", {"optimizer": "AdamW"}, tensors)
+    return tmp_path
+
+
+def test_it_writes_the_schedule_and_a_plot(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "refine", str(run_dir)]) == 0
+    found = json.loads((run_dir / "refined_schedule.json").read_text())
+    expected = refined_schedule(recorded_norms(run_dir).l1, norm="l1").tolist()
+    assert found == {"norm": "l1", "tau": 0.1, "drop_zero": True, "optimizer": "AdamW", "factors": expected}
+    assert (run_dir / "refined_schedule.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("wrote ") == 2
+
+
+def test_options_reach_the_schedule(run_dir: Path) -> None:
+    assert main(["schedule", "refine", str(run_dir), "--norm", "l2", "--tau", "0.3", "--keep-zero"]) == 0
+    found = json.loads((run_dir / "refined_schedule.json").read_text())["factors"]
+    norms = recorded_norms(run_dir).l2
+    assert found == refined_schedule(norms, norm="l2", tau=0.3, drop_zero=False).tolist()
+    assert found[-1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [(["--tau", "0.9"], "tau must be in"), (["--norm", "l3"], "norm must be one of")]
+)
+def test_bad_options_are_one_line(
+    options: list[str], text: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schedule", "refine", str(run_dir), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hf-ext: error: {text}")
+    assert error.count("\n") == 1
+
+
+def test_a_folder_without_norms_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "refine", str(tmp_path)]) == 2
+    assert "holds no recorded gradient norms" in capsys.readouterr().err

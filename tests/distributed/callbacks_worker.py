@@ -1,0 +1,83 @@
+"""transformers' Trainer with each callback on two gloo ranks, DDP or FSDP2; started by torchrun.
+
+Usage: torchrun --nproc_per_node 2 -m tests.distributed.callbacks_worker ddp|fsdp2 OUT
+Writes for each callback OUT/<name>-<run>.rank<k>.safetensors with the parameters and what was logged; the
+runs are "whole", and "resumed" from its checkpoint in the middle.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainingArguments
+
+from hf_ext.core.dist import full_tensor
+from hf_ext.core.registry import MethodInfo
+from tests.callbacks.runs import MIDDLE, build, make
+from tests.registry_cases import methods
+
+GLOBAL_BATCH = 4
+
+
+def cases() -> dict[str, MethodInfo]:
+    """Return every registered callback, and each of its forms."""
+    return {str(case.id): case.values[0] for case in methods("callback")}
+
+
+def _switch_fsdp_on(arguments: TrainingArguments) -> None:
+    _ = arguments.device  # sets the process group up
+    # Accelerate switches FSDP on for accelerators only and would run DDP here without a word.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def run(
+    folder: Path, info: MethodInfo, mode: str = "one", checkpoint: str | None = None
+) -> dict[str, Tensor]:
+    """Train, and return the whole parameters and the numbers of the training logs.
+
+    A large epsilon: Adam's normalization would else enlarge the rounding of a sum in another order. (Not SGD:
+    FSDP2 cannot load the state of an optimizer that has none.)
+    """
+    options: dict[str, Any] = {"adam_epsilon": 0.1, "learning_rate": 0.1, "max_grad_norm": 0.5}
+    options["per_device_train_batch_size"] = GLOBAL_BATCH if mode == "one" else GLOBAL_BATCH // 2
+    if mode == "fsdp2":
+        wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        options.update(fsdp=True, fsdp_config={**wrapped, "state_dict_type": "FULL_STATE_DICT"})
+    trainer: Any = build(
+        folder, make(info), prepare=_switch_fsdp_on if mode == "fsdp2" else lambda _: None, **options
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.accelerator.num_processes == (1 if mode == "one" else 2)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if mode == "fsdp2":
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())
+    found = {name: full_tensor(p.detach()).clone().contiguous() for name, p in model.named_parameters()}
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    own = {key for entry in entries for key in entry if key.startswith(f"{info.name}/")} | {"learning_rate"}
+    return found | {
+        f"log.{key}": torch.tensor([entry[key] for entry in entries]).double() for key in sorted(own)
+    }
+
+
+def main() -> None:
+    """Train every case in one go, then from the checkpoint in the middle."""
+    mode, out = sys.argv[1], Path(sys.argv[2])
+    for name, info in cases().items():
+        whole = run(out / name, info, mode)
+        rank = dist.get_rank()
+        save_file(whole, out / f"{name}-whole.rank{rank}.safetensors")
+        resumed = run(out / f"{name}-resumed", info, mode, str(out / name / f"checkpoint-{MIDDLE}"))
+        save_file(resumed, out / f"{name}-resumed.rank{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Callbacks on two gloo processes: decisions and parameters are those of one process, ranks agree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.test_utils import get_torch_dist_unique_port
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import REPOSITORY
+from tests.distributed import callbacks_worker as worker
+
+# One xdist group: the two-process runs behind the module's fixture are then made once.
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_callbacks")]
+CASES = list(worker.cases())
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the worker once for a mode, on two ranks."""
+    out = tmp_path_factory.mktemp(request.param)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--master_port", str(get_torch_dist_unique_port())),
+        *("-m", "tests.distributed.callbacks_worker", request.param, str(out)),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def result(outputs: Path, case: str, run: str, rank: int = 0) -> dict[str, Tensor]:
+    return load_file(outputs / f"{case}-{run}.rank{rank}.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("run", ["whole", "resumed"])
+def test_ranks_agree_to_the_bit(case: str, run: str, outputs: Path) -> None:
+    first, second = (result(outputs, case, run, rank) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_is_bit_equal(case: str, outputs: Path) -> None:
+    whole, resumed = result(outputs, case, "whole"), result(outputs, case, "resumed")
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case: str, outputs: Path, tmp_path: Path) -> None:
+    alone = worker.run(tmp_path, worker.cases()[case])
+    both = result(outputs, case, "whole")
+    assert alone.keys() == both.keys()
+    for key, expected in alone.items():
+        # Decisions are numbers of any size: norms of gradients are sums of thousands.
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if key.startswith("log.") else {"rtol": 0.0, "atol": 1e-6}
+        torch.testing.assert_close(
+            both[key], expected, **tolerance, msg=lambda text, key=key: f"{key}: {text}"
+        )
