@@ -13,7 +13,7 @@ RUNNABLE := $(VENV)/.hf-ext-runnable
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-dist effects bench docs sync new format lint types check clean
+.PHONY: help install demo test test-dist effects bench compare docs sync new format lint types check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,12 +47,22 @@ test-dist: install ## only the tests that start several processes
 effects: install ## methods against their baselines (minutes)
 	$(RUN_TESTS) -m effect $(PYTEST_ARGS)
 
-bench: install ## the ratios of docs/benchmarks.md (a quiet machine, about 15 minutes)
+bench: install ## the ratios of docs/benchmarks.md (a quiet machine, about an hour)
 	$(BIN)/python benchmarks/initialization.py --out docs/assets/initialization.json
 	$(BIN)/python benchmarks/training_step.py --model tiny-llama --out docs/assets/training_step_tiny.json
 	$(BIN)/python benchmarks/training_step.py --model llama-100m --out docs/assets/training_step_100m.json
+	$(BIN)/python benchmarks/training_step.py --model tiny-llama --rank 64 --methods lora,loldu --out docs/assets/loldu_step_tiny.json
+	$(BIN)/python benchmarks/training_step.py --model llama-100m --rank 64 --methods lora,loldu --out docs/assets/loldu_step_100m.json
+	$(BIN)/python benchmarks/loldu.py --out docs/assets/loldu.json
+	$(BIN)/python benchmarks/bone.py --out docs/assets/bone.json
+	$(BIN)/python benchmarks/eva.py --out docs/assets/eva.json
+	$(BIN)/python benchmarks/lora_ga.py --out docs/assets/lora_ga.json
+	$(BIN)/python benchmarks/qpissa.py --out docs/assets/qpissa.json
 	$(BIN)/python benchmarks/start_up.py --out docs/assets/start_up.json
 	$(BIN)/python benchmarks/sorsa_vs_lora.py --out docs/assets/sorsa_vs_lora
+
+compare: install ## every adapter against LoRA and full fine-tuning (an hour and a half on one core)
+	$(BIN)/hf-ext compare examples/compare.yaml
 
 docs: install ## build the site into build/docs
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -105,13 +108,20 @@ def add_lora_option(export: Callable[..., object], handles: Callable[[str], bool
     ) -> Any:
         if not as_lora:
             return original(self, save_directory, *args, **kwargs)
-        chosen = kwargs.get("selected_adapters") or list(self.peft_config)
-        if len(chosen) != 1:
-            raise ValueError(f"as_lora writes one adapter: name it in selected_adapters, got {chosen}")
+        given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
+        chosen = given.get("selected_adapters") or list(self.peft_config)
+        if len(chosen) != 1 or chosen[0] not in self.peft_config:
+            raise ValueError(
+                f"as_lora writes one adapter of the model: name it in selected_adapters, got {chosen}"
+            )
         kind: Any = self.peft_config[chosen[0]].peft_type
         if not handles(str(getattr(kind, "value", kind))):
             return original(self, save_directory, *args, **kwargs)
-        return export(self, save_directory, adapter_name=chosen[0])
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not given.get("is_main_process", True) and not grouped:
+            return None  # in a process group all take part, and the first one writes
+        folder = save_directory if chosen[0] == "default" else os.path.join(save_directory, chosen[0])
+        return export(self, folder, adapter_name=chosen[0])
 
     PeftModel.save_pretrained = save_pretrained
 

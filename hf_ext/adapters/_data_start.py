@@ -102,7 +102,7 @@ class StartData:
         self.model, self.adapter_name, self.layers, self.config = model, adapter_name, layers, config
         self.loss_function = loss_function
         self._batches = iter(batches)
-        self._total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+        self._total = _length(batches)
         self._kept: list[Batch] = []
         self._show = show_progress and dist.is_main()
 
@@ -142,13 +142,26 @@ class StartData:
         """Where the model takes its inputs."""
         return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the labels are a decoder's and the attention mask its encoder's."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
+    def encoder_modules(self) -> set[nn.Module]:
+        """Return the modules of an encoder-decoder's encoder; none where the model does not tell it."""
+        model: Any = self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        encoder = base.get_encoder() if hasattr(base, "get_encoder") else None
+        found = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
+        return set() if base in found else found
+
     def mean_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean loss of a batch, and over how many terms it is a mean.
 
         Raises:
             ValueError: The model gives no loss for this batch.
         """
-        count = _label_count(batch)
+        count = _label_count(batch, shifts=not self.is_encoder_decoder)
         if self.loss_function is not None:
             return self.loss_function(self.model, batch), count
         check("labels" in batch, "batch", sorted(batch), "a mapping with 'labels': this start needs a loss")
@@ -184,6 +197,13 @@ class StartData:
                 module.training = mode
             if cache is not None:
                 self.model.config.use_cache = cache  # type: ignore[union-attr]
+
+
+def _length(batches: Iterable[Batch]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that raises
+        return None
 
 
 def token_mask(batch: Batch, *, use_labels: bool, ignored: int = -100) -> Tensor | None:
@@ -279,7 +299,7 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _label_count(batch: Batch) -> int:
+def _label_count(batch: Batch, *, shifts: bool) -> int:
     labels, ids = batch.get("labels"), batch.get("input_ids")
     if not isinstance(labels, Tensor):
         return 1
@@ -287,5 +307,5 @@ def _label_count(batch: Batch) -> int:
         return labels.shape[0]
     real = labels != -100
     # A causal model predicts each token from those before it: the first label of a row is not used.
-    is_causal = isinstance(ids, Tensor) and ids.shape == labels.shape
+    is_causal = shifts and isinstance(ids, Tensor) and ids.shape == labels.shape
     return int((real[:, 1:] if is_causal else real).sum())

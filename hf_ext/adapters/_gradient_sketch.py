@@ -35,7 +35,9 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, sink: Any) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
-        return y.view_as(y)
+        return (
+            y.clone()
+        )  # a view could not be changed in place, as some models do (Falcon; ReLU(inplace=True))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]

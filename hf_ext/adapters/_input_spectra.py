@@ -138,7 +138,13 @@ class InputSpectra:
         seed: int,
     ) -> None:
         self.data, self.layers, self.wanted = data, layers, components
-        self._mask_options = {"use_labels": use_label_mask, "ignored": label_mask_value}
+        # In an encoder-decoder labels are the decoder's and the mask is the encoder's, whatever the lengths.
+        self._is_masked = set(layers)
+        if data.is_encoder_decoder:
+            encoder = data.encoder_modules()
+            self._is_masked = {path for path, layer in layers.items() if layer in encoder}
+        use_labels = use_label_mask and not data.is_encoder_decoder
+        self._mask_options = {"use_labels": use_labels, "ignored": label_mask_value}
         self._share = -(-n_tokens // dist.world_size())
         self._owner: dict[str, str] = {}  # module path -> path of the layer whose sums it shares
         self._now: dict[str, tuple[weakref.ref[Tensor], int]] = {}
@@ -203,7 +209,7 @@ class InputSpectra:
                     return
                 if path not in self._sums:
                     self._sums[path] = _Sums(widths[path], sketches[path], x.device)
-                rows = rows_of(x, self._mask)
+                rows = rows_of(x, self._mask if path in self._is_masked else None)
                 self._most_rows = max(self._most_rows, len(rows))
                 self._sums[path].add(rows)
 
@@ -213,7 +219,10 @@ class InputSpectra:
 
         def enough(batch: Batch) -> bool:
             mask = token_mask(batch, **self._mask_options)
-            seen[0] += self._most_rows if mask is None else int(mask.sum())
+            if mask is None or data.is_encoder_decoder:
+                seen[0] += self._most_rows
+            else:
+                seen[0] += int(mask.sum())
             return seen[0] >= self._share
 
         paths = list(self.layers) if first else list(sketches)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
 from torch import Tensor, nn
 
 from .._compat.peft import ModuleSnapshot, PeftConfig, PeftType, get_pattern_key
@@ -126,9 +126,17 @@ class LoraStartLayer:
         names: tuple[str, ...] = cast(Any, self).other_param_names
         self.other_param_names = (*names, "configs")  # PEFT deletes an adapter from all of them
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the two classes that this one is made of instead of itself."""
+        whole = super().__reduce_ex__(max(2, protocol))
+        kinds = type(self).__bases__
+        if _CLASSES.get(kinds) is not type(self):  # type: ignore[call-overload]
+            return whole  # a class made from this one, by FSDP or a parametrization
+        return (_empty_layer, kinds, *whole[2:])
+
     @abstractmethod
     def fill(self, name: str, config: Any) -> None:
-        """Put one adapter's starting values in place; its tensors are not on the meta device."""
+        """Put one adapter's starting values in place; on the meta device they have no effect."""
 
     def randomize(self, name: str, config: LoraStartConfig) -> None:
         """Put a start in place that changes the output: normal, standard deviation 1 / sqrt(last axis)."""
@@ -259,7 +267,8 @@ class LoraStartModel(AtomicInjection, LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         self.check_target(target, current_key, lora_config)
-        fresh = not isinstance(target, LoraLayer)
+        # As in PEFT: a layer that has this adapter already is wrapped once more, for a further parameter.
+        known = isinstance(target, LoraStartLayer) and adapter_name not in target.configs
         # LoRA draws from the global CPU generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seeded(lora_config.seed, current_key).initial_seed())
@@ -272,7 +281,8 @@ class LoraStartModel(AtomicInjection, LoraModel):
                 current_key,
                 parameter_name=parameter_name,
             )
-        layer = cast(Any, getattr(parent, target_name))
+        layer: Any = target if known else getattr(parent, target_name)
+        fresh = not isinstance(layer, LoraStartLayer)
         if fresh:
             layer.__class__ = _with_start(self.start_layer, type(layer))
             layer.adopt(current_key)
@@ -280,9 +290,11 @@ class LoraStartModel(AtomicInjection, LoraModel):
         else:
             self._undo.append(lambda: layer.delete_adapter(adapter_name))
         layer.configs[adapter_name] = lora_config
-        if not any(p.is_meta for _, p in layer.adapter_parameters(adapter_name)):
-            with torch.no_grad():
-                (layer.fill if lora_config.init_weights else layer.randomize)(adapter_name, lora_config)
+        with torch.no_grad():
+            if lora_config.init_weights:
+                layer.fill(adapter_name, lora_config)
+            elif not any(p.is_meta for _, p in layer.adapter_parameters(adapter_name)):
+                layer.randomize(adapter_name, lora_config)
 
     def check_target(self, target: nn.Module, name: str, config: Any) -> None:
         """Check that the settings fit one layer.
@@ -338,10 +350,19 @@ _CLASSES: dict[tuple[type, type], type] = {}
 def _with_start(start: type[LoraStartLayer], lora: type) -> type:
     if (start, lora) not in _CLASSES:
         name = f"{start.__name__.removesuffix('Layer')}{lora.__name__}"
+        if lora is ParamWrapper:  # PEFT asks for a class of this name
+            name = lora.__name__
         made = type(name, (start, lora), {"__module__": start.__module__, "__doc__": lora.__doc__})
-        setattr(sys.modules[start.__module__], name, made)
+        if not hasattr(sys.modules[start.__module__], name):
+            setattr(sys.modules[start.__module__], name, made)
         _CLASSES[start, lora] = made
     return _CLASSES[start, lora]
+
+
+def _empty_layer(start: type[LoraStartLayer], lora: type) -> Any:
+    """Return a layer without its state, for pickle: another process may not have made the class yet."""
+    made: Any = _with_start(start, lora)
+    return made.__new__(made)
 
 
 def register_lora_start(

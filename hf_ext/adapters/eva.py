@@ -81,8 +81,7 @@ class EvaConfig(LoraStartConfig):
             "None or at least 0",
         )
         check(self.n_passes in (1, 2), "n_passes", self.n_passes, "1 or 2")
-        least = 10 * round(self.rho * self.r)
-        check(self.n_tokens >= least, "n_tokens", self.n_tokens, f"at least {least}, 10 for each component")
+        check(self.n_tokens >= 1, "n_tokens", self.n_tokens, "at least 1")
         check(0 <= self.min_rank <= self.r, "min_rank", self.min_rank, f"between 0 and {self.r}, the rank r")
         if self.tau is not None:
             warnings.warn("tau has no effect: the components are not found iteratively", stacklevel=4)
@@ -103,22 +102,48 @@ class EvaModelBase(LoraStartModel):
     def fit_to_checkpoint(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
     ) -> None:
-        """Give the layers the ranks of a checkpoint, where EVA had not given them out yet."""
+        """Give the layers the ranks of a checkpoint, where EVA had not given them out yet.
+
+        Raises:
+            ValueError: EVA has given out others.
+        """
         found = {
             key.removesuffix(".lora_A.weight").removeprefix(_PREFIX): tensor.shape[0]
             for key, tensor in state_dict.items()
             if key.endswith(".lora_A.weight")
         }
         halves = {key.partition(".lora_")[0].removeprefix(_PREFIX) for key in state_dict if ".lora_" in key}
-        waiting = {
+        supported = {
             layer.module_name: layer
             for layer in layers_of(model, adapter_name).values()
-            if layer.awaits(adapter_name)
+            if not _is_unsupported(layer)
         }
+        waiting = {name: layer for name, layer in supported.items() if layer.awaits(adapter_name)}
+        if config.init_weights and not waiting:
+            differing = [
+                name
+                for name, rank in found.items()
+                if name in supported and supported[name].r[adapter_name] != rank
+            ]
+            if differing:
+                raise ValueError(
+                    f"adapter {adapter_name!r} has already been given ranks from data, and the checkpoint "
+                    f"has others ({some(differing)}): do not call initialize_from_data on a model that is "
+                    "about to load or resume from a checkpoint, which holds the start"
+                )
         if not waiting or halves != set(found) or not halves <= set(waiting):
             return  # nothing to fit, or a checkpoint that the checks after this refuse
-        ranks = {name: found.get(name, 0) for name in waiting if not _is_unsupported(waiting[name])}
-        give_ranks(model, adapter_name, ranks)
+        give_ranks(model, adapter_name, {name: found.get(name, 0) for name in waiting})
+
+    def add_weighted_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add a combination of adapters as PEFT does; one of started adapters has nothing to wait for."""
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        layers = layers_of(self.model, adapter_name).values()
+        if not all(layer.awaits(adapter_name) for layer in layers):
+            for layer in layers:
+                layer.awaiting.discard(adapter_name)
 
 
 _PREFIX = "base_model.model."
@@ -151,7 +176,7 @@ _PREFIX = "base_model.model."
         {"method": "pca"},
         {"oversample": -1},
         {"n_passes": 3},
-        {"n_tokens": 10},
+        {"n_tokens": 0},
         {"min_rank": 9},
         {"init_lora_weights": "eva"},
     ),
@@ -192,6 +217,10 @@ class EvaLayer(StartsFromData, LoraStartLayer):
         """Find the components of every layer's inputs, give out ranks and fill A."""
         config, name = data.config, data.adapter_name
         layers = {path: layer for path, layer in data.layers.items() if not _is_unsupported(layer)}
+        for layer in layers.values():
+            on_meta = any(p.is_meta for _, p in layer.adapter_parameters(name))
+            rule = "on a device: inject it with low_cpu_mem_usage=False"
+            check(not on_meta, "adapter", "tensors on the meta device", rule, where=layer.module_name)
         chosen = choose_components(data, layers, config)
         ranks = {layers[path].module_name: len(rows) for path, rows in chosen.items()}
         give_ranks(data.model, name, ranks)
@@ -209,6 +238,9 @@ def choose_components(data: StartData, layers: Mapping[str, Any], config: Any) -
         layers: Layers by module path, in module order.
         config: EVA's settings.
     """
+    # Not a rule of the settings alone: a weighted sum of adapters has a larger r and needs no tokens.
+    least = 10 * round(config.rho * config.r)
+    check(config.n_tokens >= least, "n_tokens", config.n_tokens, f"at least {least}, 10 for each component")
     ranks = {path: config.rank_of(layer.module_name) for path, layer in layers.items()}
     wanted = {path: min(round(config.rho * ranks[path]), layers[path].in_features) for path in layers}
     spectra = InputSpectra(

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .._compat.peft import PEFT_TYPE_TO_TUNER_MAPPING
 from ..core import dist, registry
 from ..core.checks import check, check_choice
 from ..core.files import atomic_folder, read_json, read_tensors, write_bytes, write_json, write_tensors
@@ -168,9 +169,9 @@ def _from_model(
             layers[module.module_name] = {k: v.cpu() for k, v in module.adapter_tensors(adapter_name).items()}
         elif isinstance(module, LoraStartLayer) and adapter_name in module.configs:
             config = module.configs[adapter_name]
-            layers[module.module_name] = {
-                f"{_PREFIX}{module.module_name}.{k}": v.cpu()
-                for k, v in module.checkpoint_tensors(adapter_name).items()
+            inner = path.removeprefix(_PREFIX)  # wrappers of one module's parameters are nested
+            layers[inner] = {
+                f"{_PREFIX}{inner}.{k}": v.cpu() for k, v in module.checkpoint_tensors(adapter_name).items()
             }
         elif isinstance(module, AuxiliaryTrainingWrapper):
             state = {k: dist.full_tensor(v) for k, v in module.state_dict().items()}
@@ -182,6 +183,8 @@ def _from_model(
         adapter_name,
         "the name of an adapter of this package on the model",
     )
+    if isinstance(config, LoraStartConfig) and config.bias != "none":
+        others.update(_biases(model, config, adapter_name))
     config = copy.copy(config)
     if config.task_type is None and config.auto_mapping is None:  # as PEFT does when it saves
         base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
@@ -190,6 +193,18 @@ def _from_model(
             "parent_library": type(base).__module__,
         }
     return config, layers, others
+
+
+def _biases(model: nn.Module, config: LoraStartConfig, adapter_name: str) -> dict[str, Tensor]:
+    """Return the biases of the base that are trained with a LoRA, as its checkpoint names them."""
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[cast(Any, config.peft_type)]
+    unwanted = [name for name in cast(Any, model).peft_config if name != adapter_name]
+    state = tuner._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), unwanted)
+    return {
+        _PREFIX + key.removeprefix(_PREFIX): dist.full_tensor(value.detach()).cpu()
+        for key, value in state.items()
+        if not any(part in key for part in (".lora_", ".modules_to_save.", ".original_module."))
+    }
 
 
 def _from_folder(
@@ -267,6 +282,8 @@ def _lora_settings(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
         # The very modules, whatever rule chose them: exclusions and layer indices are settled by now.
         target_modules=sorted(ranks),
         modules_to_save=config.modules_to_save,
+        bias=getattr(config, "bias", "none"),
+        trainable_token_indices=getattr(config, "trainable_token_indices", None),
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,

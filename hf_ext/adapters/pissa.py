@@ -267,7 +267,7 @@ class PissaLinear(PrincipalLinear):
             self._quantize_residual(name)
 
     def give_back(self, name: str) -> None:
-        """Put back what one adapter has taken out: the original weight, quantized, for a quantized residual."""
+        """Put back what one adapter has taken out; for a quantized residual the original weight, quantized."""
         if self.quantization_backend is None:
             super().give_back(name)
         else:

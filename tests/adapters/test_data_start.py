@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from hf_ext.adapters import EvaConfig, LoraGaConfig, SorsaConfig, awaits_data, initialize_from_data
 from hf_ext.adapters import _data_start as data_start_module
@@ -246,3 +246,12 @@ def test_mean_loss_comes_with_its_number_of_terms(tiny_llama: Any) -> None:
     loss, count = data.mean_loss(batch)
     assert count == 6 * 8
     torch.testing.assert_close(loss, model(**batch).loss)
+
+
+def test_loader_whose_length_is_unknown(tiny_llama: Any) -> None:
+    class Stream(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            yield from ({"input_ids": row} for row in IDS)
+
+    found = start(waiting(tiny_llama()), DataLoader(Stream(), batch_size=3))
+    assert_same(found, start(waiting(tiny_llama()), [{"input_ids": IDS[:3]}, {"input_ids": IDS[3:]}]))

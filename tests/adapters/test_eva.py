@@ -754,3 +754,104 @@ def test_peft_finds_the_same_directions() -> None:
     ours = started(model(), batches, rho=1.0, n_tokens=1024, task_type=None, **options)
     overlap = torch.linalg.svdvals(a_of(theirs)["0"] @ a_of(ours)["0"].T)
     assert overlap.square().mean() > 0.98
+
+
+# Loading and combining ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapter_saved_before_its_start_still_waits(
+    low_cpu_mem_usage: bool, tiny_llama: Any, tmp_path: Path
+) -> None:
+    get_peft_model(tiny_llama(), settings()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny_llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert awaits_data(loaded) == ["default"]
+    with pytest.raises(RuntimeError, match="starts from data and has seen none"):
+        train(loaded, 1)
+    initialize_from_data(loaded, BATCHES, show_progress=False)
+    expected = a_of(started(tiny_llama()))
+    assert {name: a.shape for name, a in a_of(loaded).items()} == {n: a.shape for n, a in expected.items()}
+    train(loaded, 1)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_redistributed_ranks_load_bit_equal(low_cpu_mem_usage: bool, tiny_llama: Any, tmp_path: Path) -> None:
+    model = started(tiny_llama())
+    assert model.peft_config["default"].rank_pattern
+    train(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert awaits_data(loaded) == []
+    assert torch.equal(logits(loaded), logits(model))
+    fresh: Any = get_peft_model(tiny_llama(), settings(), low_cpu_mem_usage=low_cpu_mem_usage)
+    fresh.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)  # fits the ranks
+    assert awaits_data(fresh) == []
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_start_of_tensors_on_the_meta_device_is_refused(tiny_llama: Any) -> None:
+    waiting = get_peft_model(tiny_llama(), settings(), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage=False"):
+        initialize_from_data(waiting, BATCHES, show_progress=False)
+
+
+def test_loading_onto_other_ranks_from_data_says_what_to_leave_out(tiny_llama: Any, tmp_path: Path) -> None:
+    started(tiny_llama()).save_pretrained(tmp_path)
+    other = started(tiny_llama(), [{"input_ids": torch.arange(96).reshape(4, 24) // 12}])
+    before = logits(other)
+    with pytest.raises(ValueError, match="do not call initialize_from_data on a model that is about to"):
+        other.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(other), before)
+
+
+@pytest.mark.parametrize("length", [24, 13])
+def test_masks_of_an_encoder_decoder_are_the_encoders(length: int) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=1, num_heads=4, vocab_size=256
+    )
+    config.decoder_start_token_id = 0
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config)
+    mask, labels = torch.ones_like(IDS), IDS[:, :length].clone()
+    mask[:, 20:], labels[:, 6:] = 0, -100
+    batch = {"input_ids": IDS, "attention_mask": mask, "labels": labels}
+    paths = [name for name, _ in model.named_modules() if name.endswith(".q")]
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: seen.__setitem__(path, args[0].detach())
+        )
+        for path in paths
+    ]
+    with torch.no_grad():
+        model.eval()(**batch)
+    for hook in hooks:
+        hook.remove()
+    found = a_of(started(model, [batch], target_modules=["q"], rho=1.0, n_tokens=40, task_type=None))
+    for path in paths:
+        rows = seen[path][mask.bool()] if path.startswith("encoder") else seen[path].flatten(0, 1)
+        exact = reference.pca(rows).v[:4].float()
+        torch.testing.assert_close(found[path], exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
+def test_combination_of_adapters_does_not_wait(combination: str, tiny_llama: Any) -> None:
+    given: dict[str, Any] = {"rho": 1.0, "n_tokens": 40, "target_modules": ["q_proj"]}
+    adapted = started(tiny_llama(), **given)
+    adapted.add_adapter("second", settings(**given))
+    initialize_from_data(adapted, BATCHES, adapter_name="second", show_progress=False)
+    adapted.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type=combination)
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    assert not layer.awaiting
+    assert layer.r["sum"] == (8 if combination == "cat" else 4)
+
+
+def test_too_few_tokens_asked_for_are_refused_at_the_start(tiny_llama: Any) -> None:
+    adapted = get_peft_model(tiny_llama(), EvaConfig(r=4, n_tokens=79, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="n_tokens must be at least 80, 10 for each component"):
+        initialize_from_data(adapted, BATCHES, show_progress=False)
+    assert awaits_data(adapted) == ["default"]

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_ext.adapters import LolduConfig, SorsaConfig, export_to_lora
+from hf_ext.adapters import EvaConfig, LolduConfig, SorsaConfig, export_to_lora
 
 
 @pytest.fixture
@@ -183,3 +183,40 @@ def test_unwritable_place_is_named(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write .*file.lora"):
         export_to_lora(saved, tmp_path / "file" / "lora")
+
+
+@pytest.mark.parametrize("rank", [None, 64])
+@pytest.mark.parametrize(
+    "option", [{"bias": "lora_only"}, {"bias": "all"}, {"trainable_token_indices": [3, 4]}]
+)
+def test_all_that_is_trained_with_a_lora_is_exported(
+    option: dict[str, Any], rank: int | None, tiny_gpt2: Any, tmp_path: Path
+) -> None:
+    config = EvaConfig(r=2, target_modules=["c_attn"], init_weights=False, **option)
+    model = get_peft_model(tiny_gpt2(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    model.save_pretrained(tmp_path / "ours")
+    export_to_lora(model, tmp_path / "model", rank=rank)
+    export_to_lora(tmp_path / "ours", tmp_path / "folder", rank=rank)
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids).logits
+        for name in ("model", "folder"):
+            loaded = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / name).eval()
+            torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_save_as_lora_takes_pefts_arguments_as_pefts_own_does(tiny_llama: Any, tmp_path: Path) -> None:
+    config = SorsaConfig(r=2, target_modules=["q_proj"])
+    model: Any = get_peft_model(tiny_llama(), config)
+    model.add_adapter("second", config)
+    model.save_pretrained(str(tmp_path / "a"), True, ["second"], as_lora=True)
+    assert json.loads((tmp_path / "a" / "second" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    model.save_pretrained(
+        str(tmp_path / "b"), selected_adapters=["default"], is_main_process=False, as_lora=True
+    )
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="as_lora writes one adapter of the model"):
+        model.save_pretrained(str(tmp_path / "c"), selected_adapters=["third"], as_lora=True)

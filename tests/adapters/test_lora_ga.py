@@ -481,3 +481,26 @@ def test_export_has_rank_2r_and_a_scale_of_1(tiny_llama: Any, tmp_path: Path) ->
     assert loaded.peft_config["default"].r == 4
     assert loaded.peft_config["default"].lora_alpha == 4
     torch.testing.assert_close(logits(loaded), logits(adapted), atol=2e-6, rtol=1e-5)
+
+
+def test_output_that_is_changed_in_place() -> None:
+    class Net(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stack = nn.Sequential(nn.Linear(12, 12), nn.ReLU(inplace=inplace), nn.Linear(12, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stack(x)
+
+    batch = {"x": torch.randn(8, 12, generator=torch.Generator().manual_seed(1))}
+    models = []
+    for inplace in (True, False):
+        config = LoraGaConfig(r=2, n_samples=8, target_modules=["stack.0", "stack.2"])
+        model = get_peft_model(Net(inplace), config)  # type: ignore[arg-type]
+        initialize_from_data(
+            model, [batch], loss_function=lambda m, b: m(**b).square().mean(), show_progress=False
+        )
+        models.append(model)
+    assert len(layers_of(models[0])) == 2
+    assert_same(*models)

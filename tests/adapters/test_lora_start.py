@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -233,3 +234,67 @@ def test_loading_into_a_model_with_another_adapter(tiny_llama: Any, tmp_path: Pa
     loaded.load_adapter(tmp_path, "second")
     loaded.set_adapter("second")
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_pickled_model_loads_in_a_process_that_made_no_such_layer(tiny_llama: Any, tmp_path: Path) -> None:
+    model = adapted(tiny_llama())
+    torch.save(model.base_model.model.model.layers[0].self_attn.q_proj, tmp_path / "layer.pt")
+    code = (
+        "import sys, torch, hf_ext.adapters\n"
+        "layer = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert type(layer).__name__ == 'EvaLinear', type(layer)\n"
+        "print(layer(torch.ones(1, 64)).sum().item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "layer.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.eval()
+    assert float(done.stdout) == pytest.approx(layer(torch.ones(1, 64)).sum().item(), abs=1e-4)
+
+
+class Experts(nn.Module):
+    """Two parameters that are no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up = nn.Parameter(torch.randn(3, 8, 8, generator=generator))
+        self.down = nn.Parameter(torch.randn(3, 8, 8, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x @ u.T @ d.T for u, d in zip(self.up, self.down, strict=True)]).sum(0)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.linear = Experts(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.experts(x))
+
+
+def test_several_parameters_of_a_module_and_several_adapters(tmp_path: Path) -> None:
+    parameters = {"target_modules": ["linear"], "target_parameters": ["experts.up", "experts.down"]}
+    model: Any = get_peft_model(Mixture(), settings(r=2, init_weights=False, **parameters))  # type: ignore[arg-type]
+    kinds = [type(m) for m in model.modules() if isinstance(m, LoraStartLayer)]
+    assert [kind.__name__ for kind in kinds] == ["ParamWrapper", "ParamWrapper", "EvaLinear"]
+    x = torch.ones(2, 8)
+    model.save_pretrained(tmp_path / "ours")
+    export_to_lora(model, tmp_path / "lora")
+    for name in ("ours", "lora"):
+        loaded = PeftModel.from_pretrained(Mixture(), tmp_path / name)  # type: ignore[arg-type]
+        assert torch.equal(loaded(x), model(x))
+    assert not torch.equal(model(x), Mixture()(x))
+    one: Any = get_peft_model(
+        Mixture(),  # type: ignore[arg-type]
+        settings(r=2, target_modules=["linear"], target_parameters=["experts.up"], init_weights=False),
+    )
+    one.add_adapter("second", settings(r=2, target_modules=["linear"], target_parameters=["experts.up"]))
+    assert len(layers_of(one, "second")) == 2
