@@ -267,7 +267,7 @@ class PissaLinear(PrincipalLinear):
             self._quantize_residual(name)
 
     def give_back(self, name: str) -> None:
-        """Put back what one adapter has taken out; for a quantized residual the original weight, quantized."""
+        """Put back what one adapter has taken out; a quantized residual gives way to the original."""
         if self.quantization_backend is None:
             super().give_back(name)
         else:
