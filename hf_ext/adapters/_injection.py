@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat.peft import BaseTuner, add_lora_option, add_peft_type
+from .._compat.peft import PEFT_TYPE_TO_TUNER_MAPPING, BaseTuner, add_lora_option, add_peft_type
 from ..core.checks import check, refuse_unknown
 from ..core.files import tensor_header
 from ..core.registry import MethodInfo, register
@@ -26,6 +26,7 @@ __all__ = [
     "refuse_sharded_merge",
     "register_tuner",
     "some",
+    "tuner_of",
 ]
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -102,6 +103,11 @@ def some(names: Sequence[str], limit: int = 3) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def tuner_of(config: Any) -> Any:
+    """Return the tuner class that PEFT has for a config."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
 
 
 def register_tuner(tuner: type[BaseTuner], info: MethodInfo) -> None:

@@ -18,13 +18,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .._compat.peft import PEFT_TYPE_TO_TUNER_MAPPING
 from ..core import dist, registry
 from ..core.checks import check, check_choice
 from ..core.files import atomic_folder, read_json, read_tensors, write_bytes, write_json, write_tensors
 from ..core.lowrank import recompress
 from ._base import AdapterConfig, AdapterLinear
-from ._injection import add_lora_option
+from ._injection import add_lora_option, tuner_of
 from ._lora import LoraStartConfig, LoraStartLayer
 
 __all__ = ["export_to_lora"]
@@ -197,7 +196,7 @@ def _from_model(
 
 def _biases(model: nn.Module, config: LoraStartConfig, adapter_name: str) -> dict[str, Tensor]:
     """Return the biases of the base that are trained with a LoRA, as its checkpoint names them."""
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[cast(Any, config.peft_type)]
+    tuner = tuner_of(config)
     unwanted = [name for name in cast(Any, model).peft_config if name != adapter_name]
     state = tuner._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), unwanted)
     return {
