@@ -23,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 from .._compat.peft import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     BaseTunerLayer,
-    ModuleSnapshot,
     PeftConfig,
     PeftType,
     check_adapters_to_merge,
@@ -45,6 +44,7 @@ from ._injection import (
     refuse_sharded_merge,
     register_tuner,
 )
+from ._merging import KeepsOriginal
 
 T = TypeVar("T")
 LayerT = TypeVar("LayerT", bound="type[AdapterLinear]")
@@ -163,7 +163,7 @@ class ScaledConfig(AdapterConfig):
         return 1.0 if alpha is None else alpha / self.rank_of(module)
 
 
-class AdapterLinear(nn.Module, BaseTunerLayer):
+class AdapterLinear(KeepsOriginal, nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear, Conv1D or a quantized one) with named adapters beside it.
 
     All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s
@@ -207,7 +207,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self._before_merge: ModuleSnapshot | Tensor | None = None
         self.cast_input_dtype_enabled = True
 
     @property
@@ -422,8 +421,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if backend is not None and not backend.supports_merge:
             raise ValueError(f"{self.module_name}: a {backend.backend_name} base cannot be merged into")
         refuse_sharded_merge(getattr(self.get_base_layer(), "weight", None), self.module_name)
-        snapshot = self._before_merge if self._before_merge is not None else self._snapshot()
-        self._restore(snapshot)
+        snapshot = self.before_merge if self.before_merge is not None else self.snapshot()
+        self.restore(snapshot)
         target = [*self.merged_adapters, *names]
         try:
             stored = self.get_base_weight()
@@ -435,32 +434,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 )
             self.set_base_weight(merged)
         except Exception:
-            self._restore(snapshot)
-            self.merged_adapters = []
-            self._before_merge = None
+            self.forget_merge(snapshot)
             raise
-        self._before_merge = snapshot
+        self.before_merge = snapshot
         self.merged_adapters = target
-
-    def unmerge(self) -> None:
-        """Put the base weight back as it was before the first merge, bit for bit."""
-        if self._before_merge is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore(self._before_merge)
-        self._before_merge = None
-        self.merged_adapters = []
-
-    def _snapshot(self) -> ModuleSnapshot | Tensor:
-        core = self.get_base_layer()
-        return self.base_parameter().data if self.quantization_backend is None else ModuleSnapshot.take(core)
-
-    def _restore(self, snapshot: ModuleSnapshot | Tensor) -> None:
-        if isinstance(snapshot, ModuleSnapshot):
-            snapshot.restore(self)
-        else:
-            now = self.base_parameter()  # the model may have been moved or cast since
-            now.data = snapshot.to(device=now.device, dtype=now.dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

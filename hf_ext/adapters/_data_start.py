@@ -32,6 +32,16 @@ class StartsFromData:
         # At once, so that no compiled forward has to look at the tensors.
         cast(nn.Module, self).register_load_state_dict_post_hook(_look_again)
 
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; looks at what waits, which transformers' `load_adapter` may have filled unseen."""
+        _look_again(self, None)
+        return cast(Any, super()).train(mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter, which then waits for nothing."""
+        self.awaiting.discard(adapter_name)
+        cast(Any, super()).delete_adapter(adapter_name)
+
     @classmethod
     @abstractmethod
     def start_from_data(cls, data: StartData) -> None:

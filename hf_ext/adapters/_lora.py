@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -18,9 +17,10 @@ from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
-from .._compat.peft import ModuleSnapshot, PeftConfig, PeftType, get_pattern_key
+from .._compat.peft import PeftConfig, PeftType, get_pattern_key
 from ..core.checks import check, check_fields
 from ..core.dist import full_tensor
 from ..core.lowrank import seeded
@@ -33,6 +33,7 @@ from ._injection import (
     refuse_sharded_merge,
     register_tuner,
 )
+from ._merging import KeepsOriginal
 
 LayerT = TypeVar("LayerT", bound="type[LoraStartLayer]")
 
@@ -110,7 +111,7 @@ class LoraStartConfig(LoraConfig):
         return LoraConfig(**{name: getattr(self, name) for name in known})
 
 
-class LoraStartLayer:
+class LoraStartLayer(KeepsOriginal):
     """What is added to PEFT's LoRA layers; mixed in before them."""
 
     adapter_frozen_names: ClassVar[tuple[str, ...]] = ()
@@ -118,11 +119,10 @@ class LoraStartLayer:
     module_name: str
     configs: dict[str, LoraStartConfig]
     merged_adapters: list[str]
-    _before_merge: ModuleSnapshot | list[tuple[nn.Parameter, Tensor]] | None
 
     def adopt(self, module_name: str) -> None:
         """Take over a fresh LoRA layer."""
-        self.module_name, self.configs, self._before_merge = module_name, {}, None
+        self.module_name, self.configs = module_name, {}
         names: tuple[str, ...] = cast(Any, self).other_param_names
         self.other_param_names = (*names, "configs")  # PEFT deletes an adapter from all of them
 
@@ -197,48 +197,31 @@ class LoraStartLayer:
             return None
         return config.scale_of(module) * tensors["lora_B"], tensors["lora_A"]
 
-    # Merging: PEFT unmerges by subtraction, which leaves rounding behind ------------------------------
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge as PEFT does; what was there is kept, so that `unmerge` restores its bits."""
+        if isinstance(self, MultiheadAttention):  # its every forward merges, with parameters made anew
+            cast(Any, super()).merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return
         refuse_sharded_merge(getattr(cast(Any, self).get_base_layer(), "weight", None), self.module_name)
-        before = self._before_merge if self._before_merge is not None else self._remember()
+        before = self.before_merge if self.before_merge is not None else self.snapshot()
         merged = list(self.merged_adapters)
         try:
             # The safe way makes a new tensor, which leaves the old one as it was; it also looks for NaN.
             cast(Any, super()).merge(safe_merge=True, adapter_names=adapter_names)
         except Exception as error:
-            self._put_back(before)
-            self.merged_adapters = []
-            self._before_merge = None
+            self.forget_merge(before)
             if merged:
                 self.merge(adapter_names=merged)
             raise ValueError(f"{self.module_name}: {error}") from error
         if self.merged_adapters:
-            self._before_merge = before
+            self.before_merge = before
 
     def unmerge(self) -> None:
-        """Put the base weight back as it was before the first merge, bit for bit."""
-        if self._before_merge is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._put_back(self._before_merge)
-        self._before_merge = None
-        self.merged_adapters = []
-
-    def _remember(self) -> ModuleSnapshot | list[tuple[nn.Parameter, Tensor]]:
-        core = cast(Any, self).get_base_layer()
-        parameters = list(core.parameters(recurse=False))
-        if parameters and all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters):
-            return [(p, p.data) for p in parameters]
-        return ModuleSnapshot.take(core)
-
-    def _put_back(self, before: ModuleSnapshot | list[tuple[nn.Parameter, Tensor]]) -> None:
-        if isinstance(before, ModuleSnapshot):
-            before.restore(cast(Any, self))
-            return
-        for parameter, data in before:  # the model may have been moved or cast since
-            parameter.data = data.to(device=parameter.device, dtype=parameter.dtype)
+        """Put the base weight back as it was before the first merge, to the bit (attention: as PEFT does)."""
+        if isinstance(self, MultiheadAttention):
+            cast(Any, super(KeepsOriginal, self)).unmerge()
+        else:
+            super().unmerge()
 
 
 class LoraStartModel(AtomicInjection, LoraModel):

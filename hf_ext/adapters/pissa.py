@@ -211,7 +211,7 @@ class PissaLinear(PrincipalLinear):
         if not self._is_quantized_residual(config):
             return super().initial_values(r, config, weight)
         original = self.original_weight(config)
-        before, rest = self._snapshot(), original
+        before, rest = self.snapshot(), original
         options = {"oversample": config.oversample, "n_iter": config.n_iter, "seed": config.seed}
         try:
             for _ in range(config.qpissa_iters - 1):
@@ -219,7 +219,7 @@ class PissaLinear(PrincipalLinear):
                 self._quantize(original - (svd.u * svd.s) @ svd.vh)
                 rest = original - self.base_weight()
         finally:
-            self._restore(before)
+            self.restore(before)
         svd = truncated_svd(rest, r, name=self.module_name, **options)
         values = self.start(svd, config.scale_of(self.module_name))
         return {**values, "pissa_U": svd.u, "pissa_C": svd.s[:, None] * svd.vh}
@@ -279,13 +279,13 @@ class PissaLinear(PrincipalLinear):
         The first is ||W0 - Q(W0)||, the second ||W0 - (what the layer computes with one adapter alone)||.
         """
         config = cast(PissaConfig, self.configs[name])
-        original, before = self.original_weight(config), self._snapshot()
+        original, before = self.original_weight(config), self.snapshot()
         found = original - self.base_weight() - self._product(name) - self.delta_weight(name)
         try:
             self._quantize(original)
             plain = original - self.base_weight()
         finally:
-            self._restore(before)
+            self.restore(before)
         return float(plain.norm()), float(found.norm())
 
     def delta_weight(self, name: str) -> Tensor:

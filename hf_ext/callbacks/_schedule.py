@@ -81,13 +81,13 @@ class LearningRateCallback(Callback):
 
     owns: ClassVar[frozenset[str]] = frozenset({"learning_rate"})
 
+    @abstractmethod
     def make_curve(self, run: Run) -> Curve:
         """Return the curve of a new run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def curve_from(self, fields: Mapping[str, Any]) -> Curve:
         """Return a curve with the fields of a saved one."""
-        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget the curve of an earlier run."""

@@ -524,6 +524,25 @@ def test_layers_without_rows_of_features_keep_loras_start() -> None:
     torch.testing.assert_close(a_of(adapted)["linear"], exact.v[:1].float(), rtol=0, atol=1e-5)
 
 
+def test_attention_that_merges_in_every_forward_comes_back_to_its_base() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    plain = model.eval()(IDS)
+    adapted = started(
+        copy.deepcopy(model), target_modules=["attention", "linear"], task_type=None, n_tokens=96
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "attention.lora_B" in name:
+                parameter.normal_()
+        first, second = adapted(IDS), adapted(IDS)
+        with adapted.disable_adapter():
+            base = adapted(IDS)
+    assert not torch.allclose(first, plain, atol=1e-2)
+    torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(base, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_target_parameters_keep_loras_start() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:

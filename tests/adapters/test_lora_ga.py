@@ -504,3 +504,19 @@ def test_output_that_is_changed_in_place() -> None:
         models.append(model)
     assert len(layers_of(models[0])) == 2
     assert_same(*models)
+
+
+def test_layer_that_transformers_has_loaded_compiles_whole(tiny_llama: Any, tmp_path: Path) -> None:
+    saved = tiny_llama()
+    saved.add_adapter(LoraGaConfig(r=4, n_samples=2, target_modules=["q_proj"]))
+    batch = {"input_ids": IDS, "labels": IDS}
+    initialize_from_data(saved, [batch], show_progress=False)
+    saved.save_pretrained(tmp_path)
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path))
+    loaded.train()
+    layer = loaded.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 64, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))

@@ -1,0 +1,53 @@
+"""What a merge keeps of a base layer, so that undoing it restores the layer's bits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor, nn
+
+from .._compat.peft import ModuleSnapshot
+
+# The parameters' data by name; a quantized layer as a whole.
+Snapshot: TypeAlias = ModuleSnapshot | dict[str, Tensor]
+
+
+class KeepsOriginal:
+    """A tuner layer that remembers its base layer while adapters are merged; mixed in before PEFT's classes.
+
+    PEFT unmerges by subtraction, which leaves rounding behind, and a second one on quantized weights.
+    """
+
+    merged_adapters: list[str]
+    before_merge: Snapshot | None = None
+
+    def snapshot(self) -> Snapshot:
+        """Return what `restore` needs; nothing is copied: the weight must be replaced, not written to."""
+        core: nn.Module = cast(Any, self).get_base_layer()
+        parameters = dict(core.named_parameters(recurse=False))
+        plain = (type(p) is nn.Parameter and p.is_floating_point() for p in parameters.values())
+        if parameters and all(plain):
+            return {name: parameter.data for name, parameter in parameters.items()}
+        return ModuleSnapshot.take(core)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the base layer back as it was, on the device and in the dtype that it has now."""
+        if isinstance(snapshot, ModuleSnapshot):
+            snapshot.restore(cast(Any, self))
+            return
+        now = dict(cast(nn.Module, cast(Any, self).get_base_layer()).named_parameters(recurse=False))
+        for name, data in snapshot.items():
+            now[name].data = data.to(device=now[name].device, dtype=now[name].dtype)
+
+    def forget_merge(self, snapshot: Snapshot) -> None:
+        """Put the base layer back, and count nothing as merged."""
+        self.restore(snapshot)
+        self.before_merge, self.merged_adapters = None, []
+
+    def unmerge(self) -> None:
+        """Put the base layer back as it was before the first merge, bit for bit."""
+        if self.before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        else:
+            self.forget_merge(self.before_merge)
