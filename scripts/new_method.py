@@ -16,15 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-FOLDERS = {
-    "adapter": "adapters",
-    "callback": "callbacks",
-    "trainer": "trainers",
-    "optimizer": "optimizers",
-    "merge": "merging",
-}
 
 sys.path.insert(0, str(ROOT))  # the tree that this script stands in, not an installed copy
+
+from hf_ext.core.registry import FOLDERS  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,15 +8,8 @@ from typing import Any
 
 import pytest
 
+from hf_ext.core.registry import FOLDERS
 from hf_ext.core.registry import methods as registered_methods
-
-FOLDERS = {
-    "adapter": "adapters",
-    "callback": "callbacks",
-    "trainer": "trainers",
-    "optimizer": "optimizers",
-    "merge": "merging",
-}
 
 
 def methods(

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hf_ext._methods import METHODS, MethodRow
-from tests.registry_cases import FOLDERS, methods
+from hf_ext.core.registry import FOLDERS
+from tests.registry_cases import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_ext"

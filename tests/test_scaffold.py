@@ -40,43 +40,57 @@ def files(tree: Path) -> dict[str, bytes]:
     return {str(p.relative_to(tree)): p.read_bytes() for p in tree.rglob("*") if p.suffix in {".py", ".md"}}
 
 
-def test_a_scaffolded_adapter_is_clean_registered_and_passes_tests(tree: Path) -> None:
-    written = load_script("new_method", tree).scaffold("adapter", "gated_toy")
-    assert [str(path.relative_to(tree)) for path in written] == NEW
+@pytest.mark.parametrize("kind", ["adapter", "callback"])
+def test_a_scaffolded_method_is_clean_registered_and_passes_tests(tree: Path, kind: str) -> None:
+    folder, exported, whole = KINDS[kind]
+    new = [f"hf_ext/{folder}/gated_toy.py", f"tests/{folder}/test_gated_toy.py", "docs/methods/gated_toy.md"]
+    generated = [f"hf_ext/{folder}/__init__.py", "hf_ext/_methods.py", "README.md", "docs/index.md"]
+    written = load_script("new_method", tree).scaffold(kind, "gated_toy")
+    assert [str(path.relative_to(tree)) for path in written] == new
 
     # The export list is stale in the worst way: it imports a module that is gone.
-    exports = tree / "hf_ext" / "adapters" / "__init__.py"
+    exports = tree / "hf_ext" / folder / "__init__.py"
     exports.write_text('"""Old."""\n\nfrom .gone import GoneConfig as GoneConfig\n')
     check = run(tree, "scripts/sync_registry.py", "--check")
     assert check.returncode == 1, check.stderr
-    assert [line.split()[0] for line in check.stdout.splitlines()] == GENERATED
+    assert [line.split()[0] for line in check.stdout.splitlines()] == generated
     assert "GoneConfig" in exports.read_text(), "--check writes nothing"
 
     sync = run(tree, "scripts/sync_registry.py")
     assert sync.returncode == 0, sync.stderr
     assert exports.read_text().count("GoneConfig") == 0
-    assert "from .gated_toy import GatedToyConfig as GatedToyConfig" in exports.read_text()
+    assert f"from .gated_toy import {exported} as {exported}" in exports.read_text()
     assert '"gated_toy"' in (tree / "hf_ext" / "_methods.py").read_text()
     assert "(docs/methods/gated_toy.md)" in (tree / "README.md").read_text()
     assert "(methods/gated_toy.md)" in (tree / "docs" / "index.md").read_text()
 
     for command in (["check"], ["format", "--check"]):
-        lint = run(tree, "-m", "ruff", *command, *NEW[:2], *GENERATED[:2])
+        lint = run(tree, "-m", "ruff", *command, *new[:2], *generated[:2])
         assert lint.returncode == 0, lint.stdout
 
     # Its own tests, and of the contract suite what shows that the method is whole.
-    tests = run(tree, "-m", "pytest", "-q", "-x", "-k", f"gated_toy and ({WHOLE})", *SUITES)
+    suites = [new[1], f"tests/contracts/test_{folder}.py", "-p", "no:cacheprovider"]
+    tests = run(tree, "-m", "pytest", "-q", "-x", "-k", f"gated_toy and ({whole})", *suites)
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert int(re.findall(r"(\d+) passed", tests.stdout)[0]) >= 12
 
 
-NEW = ["hf_ext/adapters/gated_toy.py", "tests/adapters/test_gated_toy.py", "docs/methods/gated_toy.md"]
-GENERATED = ["hf_ext/adapters/__init__.py", "hf_ext/_methods.py", "README.md", "docs/index.md"]
-SUITES = ["tests/adapters/test_gated_toy.py", "tests/contracts/test_adapters.py", "-p", "no:cacheprovider"]
-WHOLE = (
-    "test_gated_toy or start_equals_base or only_adapter_tensors or save_and_load or config_round_trip or "
-    "merge_and_unmerge or delta_weight or conv1d or gradient_checkpointing or bad_settings or unknown_field"
-)
+# Folder, a name that is exported, and the tests of the contract suite that are run.
+KINDS = {
+    "adapter": (
+        "adapters",
+        "GatedToyConfig",
+        "test_gated_toy or start_equals_base or only_adapter_tensors or save_and_load or config_round_trip "
+        "or merge_and_unmerge or delta_weight or conv1d or gradient_checkpointing or bad_settings "
+        "or unknown_field",
+    ),
+    "callback": (
+        "callbacks",
+        "GatedToyCallback",
+        "test_gated_toy or bad_settings or unknown_setting or json or neutral or first_added or pickle or "
+        "truncated or afresh or nothing_is_left or events_alone or two_of_one_class or logged",
+    ),
+}
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,14 @@ class Callback(TrainerCallback):
         """Return why `hf_ext.attach` is needed with these settings, or None where events are enough."""
         return None
 
+    def check_files(self) -> None:
+        """Look at the files that the settings name, before a model is read for the run.
+
+        Raises:
+            ValueError: One does not fit, or is missing.
+        """
+        self.warm_start()
+
     def reset(self) -> None:
         """Set the run-time state to that of a new run; called at construction and when a run begins."""
 

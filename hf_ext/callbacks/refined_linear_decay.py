@@ -333,6 +333,12 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         self._before = torch.empty((0, 2), dtype=torch.float64)
         self._clipped_from: Any = None
 
+    def check_files(self) -> None:
+        """Read the recorded norms, where the settings name a recording."""
+        super().check_files()
+        if isinstance(self.norms, str):
+            recorded_norms(self.norms)
+
     def begin(self, run: Run) -> None:
         """Follow the curve; refuse to record where gradients cannot be seen."""
         if self.record:

@@ -8,7 +8,15 @@ from types import MappingProxyType
 
 from .checks import check_choice, refuse_unknown
 
-KINDS = ("adapter", "callback", "trainer", "optimizer", "merge")
+# The package of each kind's methods; the tests of a kind stand in a folder of the same name.
+FOLDERS = {
+    "adapter": "adapters",
+    "callback": "callbacks",
+    "trainer": "trainers",
+    "optimizer": "optimizers",
+    "merge": "merging",
+}
+KINDS = tuple(FOLDERS)
 
 
 def _no_settings() -> Mapping[str, object]:

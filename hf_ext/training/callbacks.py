@@ -1,13 +1,58 @@
-"""What an adapter can tell about itself during training, in every log."""
+"""Callbacks of a run: those that its recipe names, and what an adapter tells about itself in every log."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import typing
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .. import callbacks  # noqa: F401 (they register)
 from ..adapters._base import AdapterLinear
+from ..callbacks._base import Callback, refuse_conflicts
+from ..core import registry
+from ..core.checks import check_fields, refuse_unknown
+
+if TYPE_CHECKING:
+    from .recipe import Job
+
+
+def build_callbacks(job: Job) -> list[Callback]:
+    """Return the callbacks that a recipe names.
+
+    Raises:
+        ValueError: A name or a field is unknown (close matches are offered), a value is out of range, what a
+            field points to is missing, or two callbacks steer the same thing.
+        TypeError: A value does not have its field's type.
+    """
+    built = [_build(job, name, given or {}) for name, given in job.recipe.callbacks.items()]
+    try:
+        refuse_conflicts(built)
+    except ValueError as error:
+        raise ValueError(f"{job.where}: callbacks: {error}") from error
+    return built
+
+
+def _build(job: Job, name: str, given: dict[str, Any]) -> Callback:
+    prefix, known = f"callbacks.{name}", registry.names("callback")
+    try:
+        if name not in known:
+            refuse_unknown("callbacks:", name, known)
+    except ValueError as error:
+        raise ValueError(f"{job.where}: {error}") from error
+    cls = typing.cast("type[Callback]", registry.get("callback", name).target)
+    hints = typing.get_type_hints(cls)
+    own = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    settings = check_fields(given, own, where=job.where, prefix=f"{prefix}.")
+    try:
+        callback = cls(**settings)
+        callback.check_files()
+    except (ValueError, TypeError, OSError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{job.where}: {prefix}.{error}") from error
+    return callback
 
 
 def adapter_metrics(model: nn.Module) -> dict[str, float]:

@@ -20,6 +20,7 @@ from .. import adapters  # noqa: F401 (registers; PEFT, imported first, would do
 from .._compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from ..core import registry
 from ..core.checks import check, check_fields, refuse_unknown, suggest
+from .callbacks import build_callbacks
 from .checkpoints import checkpoints, find_checkpoint
 from .recipe import EXPECTED_PROCESSES, Job, one_line
 from .sources import load_config, load_data, load_tokenizer, model_options
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from trl.trainer.sft_config import SFTConfig
+
+    from ..callbacks._base import Callback
 
 _FULL = "none"  # `adapter: {type: none}` trains all weights
 
@@ -45,6 +48,7 @@ class Prepared:
         skipped: Why newer checkpoints were passed over.
         parameters: Numbers in the model, without the adapter.
         trainable: Numbers that will be trained.
+        callbacks: Those that the recipe names.
     """
 
     adapter: PeftConfig | None
@@ -55,6 +59,7 @@ class Prepared:
     skipped: list[str]
     parameters: int
     trainable: int
+    callbacks: list[Callback]
 
 
 def prepare(job: Job, args: SFTConfig) -> Prepared:
@@ -73,6 +78,7 @@ def prepare(job: Job, args: SFTConfig) -> Prepared:
     _check_push(job)
     adapter = build_adapter(job)
     _check_outputs(job, adapter)
+    callbacks = build_callbacks(job)
     model = skeleton(job, args)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = check_targets(job, model, adapter)
@@ -80,7 +86,7 @@ def prepare(job: Job, args: SFTConfig) -> Prepared:
     train, test = load_data(job)
     _check_strategies(job, args)
     _check_disk(job, args, parameters, trainable)
-    return Prepared(adapter, tokenizer, train, test, checkpoint, skipped, parameters, trainable)
+    return Prepared(adapter, tokenizer, train, test, checkpoint, skipped, parameters, trainable, callbacks)
 
 
 # Processes and places ---------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ class Recipe:
         trainer: Kind of training: "sft".
         adapter: `type` (one of `hf-ext list adapter`, or of PEFT's own) and the fields of its config; None
             trains all weights.
+        callbacks: Fields of each callback by its name (`hf-ext list callback`), in the order in which they
+            are attached.
         resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint folder.
         overwrite_output_dir: Whether a fresh run may delete the checkpoints that output_dir holds.
         expected_processes: World size to insist on: `accelerate launch --cpu --num_processes 2` runs one.
@@ -96,6 +98,7 @@ class Recipe:
     max_eval_samples: int | None = None
     trainer: str = _choice("sft", ("sft",))
     adapter: dict[str, Any] | None = None
+    callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     resume_from_checkpoint: bool | str | None = None
     overwrite_output_dir: bool = False
     expected_processes: int | None = None
@@ -297,6 +300,8 @@ def _check_choices(given: Mapping[str, Any], choices: Mapping[str, Iterable[str]
 def parse_overrides(arguments: Sequence[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     """Return `--key value`, `--key=value`, `--flag` and `--adapter.r 8` arguments as settings.
 
+    A key with several dots, such as `--callbacks.infinite_lr.anneal_start 0.5`, sets a field further inside.
+
     Raises:
         ValueError: An argument does not begin with "--", or has no place in the settings.
     """
@@ -317,9 +322,12 @@ def parse_overrides(arguments: Sequence[str], hints: Mapping[str, Any]) -> dict[
         if name not in hints:
             raise ValueError(f"{COMMAND_LINE}: unknown field {key!r}{suggest(name, hints)}")
         nested = settings.setdefault(name, {})
+        *outer, last = inner.split(".")
+        for part in outer:
+            nested = nested.setdefault(part, {}) if isinstance(nested, dict) else nested
         if not isinstance(nested, dict):
             raise ValueError(f"{COMMAND_LINE}: {key} sets a field of {name}, which is {nested!r}")
-        nested[inner] = _value(text, Any)
+        nested[last] = _value(text, Any)
     return settings
 
 
@@ -339,5 +347,6 @@ def _overlay(given: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, An
     for name, value in typed.items():
         below = merged.get(name)
         # `--adapter.r 8` changes one field of what the file says.
-        merged[name] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[name] = _overlay(below, value) if both else value  # type: ignore[arg-type]
     return merged

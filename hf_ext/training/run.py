@@ -17,6 +17,7 @@ import torch.distributed as torch_dist
 from safetensors import SafetensorError
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ..callbacks._attach import attach
 from ..core import dist, registry
 from ..core.checks import check
 from ..core.files import write_json
@@ -164,6 +165,7 @@ def build_trainer(ready: Ready) -> RecipeTrainer:
     )
     # First, so that reporting callbacks see its numbers.
     trainer.callback_handler.callbacks.insert(0, AdapterMetricsCallback())
+    attach(trainer, *prepared.callbacks)
     if prepared.checkpoint is None:
         start_from_data(trainer)
     return trainer
@@ -234,6 +236,7 @@ def _metrics(trainer: RecipeTrainer, ready: Ready, result: TrainOutput) -> dict[
     return {
         **losses,
         "adapter": adapter_name(prepared.adapter),
+        "callbacks": {callback.info.name: callback.settings() for callback in prepared.callbacks},
         "steps": trainer.state.global_step,
         "resumed_from": None if prepared.checkpoint is None else prepared.checkpoint.name,
         "train_seconds": round(float(result.metrics.get("train_runtime", 0.0)), 2),
@@ -271,6 +274,7 @@ def _facts(ready: Ready, metrics: Mapping[str, Any], log: list[dict[str, Any]], 
              "trainable_parameters")  # fmt: skip
     own = {"dtype": job.recipe.dtype, "max_train_samples": job.recipe.max_train_samples}
     fields = {f"adapter.{key}": value for key, value in (job.recipe.adapter or {}).items()}
+    fields |= {f"callbacks.{name}": value or {} for name, value in job.recipe.callbacks.items()}
     given = {
         key: value
         for key, value in job.settings.items()
