@@ -17,27 +17,15 @@ from torch import Tensor, nn
 from hf_ext.adapters import BoneConfig, convert_bone_checkpoint, export_to_lora
 from hf_ext.adapters._block_affine import bat_linear
 from hf_ext.adapters.bone import BoneLinear, slice_sums
+from tests.adapters.models import OneLayer, logits
 from tests.reference import bone as reference
 
-IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
 FORMS: list[dict[str, Any]] = [
     {"r": 4},
     {"r": 4, "form": "mini", "mini_r": 2},
     {"r": 2, "form": "mini", "mini_r": 4},
     {"r": 4, "form": "bat"},
 ]
-
-
-class OneLayer(nn.Module):
-    """A model of one linear layer with a given weight."""
-
-    def __init__(self, weight: Tensor, bias: bool = False) -> None:
-        super().__init__()
-        self.lin = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=weight.dtype)
-        self.lin.weight.data = weight.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
 
 
 def adapted_layer(
@@ -55,12 +43,6 @@ def add(model: PeftModel, name: str, block: Tensor | None, **settings: Any) -> N
     model.add_adapter(name, BoneConfig(target_modules=["lin"], init_weights=False, seed=3, **settings))
     if block is not None:
         model.base_model.model.lin.bone_block[name].data = block.clone()
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 # The hand-computed cases --------------------------------------------------------------------------

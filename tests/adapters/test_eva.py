@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,12 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ext.adapters import EvaConfig, awaits_data, get_eva_state_dict, initialize_from_data
 from hf_ext.adapters.eva import EvaLayer, redistribute
+from tests.adapters import models
 from tests.reference import eva as reference
 
 IDS = torch.arange(4 * 24).reshape(4, 24) * 7 % 256
+logits = partial(models.logits, ids=IDS)
+train = partial(models.steps, ids=IDS)
 BATCHES = [{"input_ids": IDS[:2]}, {"input_ids": IDS[2:]}]
 PREFIX = "base_model.model."
 
@@ -34,23 +38,6 @@ def settings(**options: Any) -> EvaConfig:
 def started(model: nn.Module, batches: Any = None, **options: Any) -> Any:
     adapted = get_peft_model(model, settings(**options))  # type: ignore[arg-type]
     return initialize_from_data(adapted, BATCHES if batches is None else batches, show_progress=False)
-
-
-def logits(model: Any) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def train(model: Any, steps: int = 3) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
-    )
-    for _ in range(steps):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def a_of(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

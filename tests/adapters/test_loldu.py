@@ -17,22 +17,10 @@ from torch import Tensor, nn
 
 from hf_ext.adapters import LolduConfig, export_to_lora
 from hf_ext.adapters.loldu import LolduLinear, smallest_dtype
+from tests.adapters.models import IDS, OneLayer, logits, steps
 from tests.reference.loldu import ReferenceLoldu
 
-IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
 HAND = torch.tensor([[2.0, 1.0, 1.0], [4.0, 3.0, 3.0], [8.0, 7.0, 9.0]])
-
-
-class OneLayer(nn.Module):
-    """A model of one linear layer with a given weight."""
-
-    def __init__(self, weight: Tensor, bias: bool = False) -> None:
-        super().__init__()
-        self.lin = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=weight.dtype)
-        self.lin.weight.data = weight.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
 
 
 def adapted_layer(weight: Tensor, **settings: Any) -> tuple[PeftModel, LolduLinear]:
@@ -42,21 +30,6 @@ def adapted_layer(weight: Tensor, **settings: Any) -> tuple[PeftModel, LolduLine
 
 def set_delta(layer: LolduLinear, values: list[float]) -> None:
     layer.loldu_delta["default"].data = torch.tensor(values)
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def steps(model: nn.Module, count: int = 3, lr: float = 1e-2) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    for _ in range(count):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 # The hand-computed case and the identities --------------------------------------------------------

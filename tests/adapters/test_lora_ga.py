@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,15 @@ from torch import Tensor, nn
 from hf_ext.adapters import LoraGaConfig, awaits_data, export_to_lora, initialize_from_data
 from hf_ext.adapters import _base as base_module
 from hf_ext.adapters.lora_ga import LoraGaLinear, directions
+from tests.adapters import models
+from tests.adapters.models import OneLayer
 from tests.reference.lora_ga import ReferenceLoraGa, best_of_rank, mean_gradients
 from tests.reference.lora_ga import start as reference_start
 
 IDS = torch.arange(4 * 12).reshape(4, 12) * 7 % 256
+logits = partial(models.logits, ids=IDS)
 BATCHES = [{"input_ids": IDS[:3], "labels": IDS[:3]}, {"input_ids": IDS[3:, :7], "labels": IDS[3:, :7]}]
 ORDER = {"ArB2r": ([0, 1], [2, 3]), "A2rBr": ([2, 3], [0, 1]), "ArBr": ([1, 3], [0, 2])}  # r = 2
-
-
-class OneLayer(nn.Module):
-    """A model of one linear layer with a given weight."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.lin = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        self.lin.weight.data = weight.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
 
 
 def from_gradient(weight: Tensor, gradient: Tensor, **settings: Any) -> tuple[PeftModel, LoraGaLinear]:
@@ -70,12 +62,6 @@ def assert_same(one: nn.Module, two: nn.Module, tolerance: float = 0.0) -> None:
     expected = tensors_of(two)
     for key, tensor in tensors_of(one).items():
         torch.testing.assert_close(tensor, expected[key], atol=tolerance, rtol=tolerance, msg=key)
-
-
-def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 # The hand-computed case and the identity -----------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from hf_ext.adapters import EvaConfig, export_to_lora, initialize_from_data
 from hf_ext.adapters._lora import LoraStartLayer, layers_of
+from tests.adapters import models
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 7 % 256
+logits = partial(models.logits, ids=IDS)
 
 
 def settings(**options: Any) -> EvaConfig:
@@ -35,12 +38,6 @@ def adapted(model: Any, **options: Any) -> Any:
         if "lora_B" in name:
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.1)
     return result
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def test_layers_are_pefts_and_carry_the_start(tiny_llama: Any) -> None:

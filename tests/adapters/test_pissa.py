@@ -16,46 +16,17 @@ from hf_ext.adapters import PissaConfig, SorsaConfig, export_to_lora, qpissa_err
 from hf_ext.adapters import _base as base_module
 from hf_ext.adapters import pissa as pissa_module
 from hf_ext.adapters.pissa import PissaLinear
+from tests.adapters.models import OneLayer, logits, steps
 from tests.contracts.test_quantized import BACKENDS, Readable, bitsandbytes_8bit, bitsandbytes_nf4, hqq_4bit
 from tests.reference.pissa import ReferencePissa, principal_factors, qpissa
 
-IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
 Quantize = Callable[[Any], Any]
 EVERY = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-
-
-class OneLayer(nn.Module):
-    """A model of one linear layer with a given weight."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.lin = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        self.lin.weight.data = weight.clone()
-        if bias is not None:
-            self.lin.bias.data = bias.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
 
 
 def adapted_layer(weight: Tensor, **settings: Any) -> tuple[PeftModel, PissaLinear]:
     model = get_peft_model(OneLayer(weight), PissaConfig(target_modules=["lin"], **settings))
     return model, model.base_model.model.lin
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def steps(model: nn.Module, count: int, lr: float = 1e-2) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    for _ in range(count):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def layers_of(model: nn.Module) -> dict[str, PissaLinear]:
@@ -367,7 +338,8 @@ def test_a_bias_stays(quantize: Quantize, tmp_path: Path) -> None:
     weight, bias, x = torch.randn(64, 64), torch.randn(64), torch.randn(3, 64)
 
     def build() -> Any:
-        model = OneLayer(weight, bias)
+        model = OneLayer(weight, bias=True)
+        model.lin.bias.data = bias.clone()
         if quantize is hqq_4bit:
             return quantize(model)
         model = quantize(model)

@@ -18,41 +18,13 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ext.adapters import SorsaConfig, export_to_lora, orthonormality
 from hf_ext.adapters.sorsa import ORTHONORMALITY, SorsaLinear, orthonormality_gradients
+from tests.adapters.models import IDS, OneLayer, logits, steps
 from tests.reference.sorsa import ReferenceSorsa
-
-IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
-
-
-class OneLayer(nn.Module):
-    """A model of one linear layer with a given weight."""
-
-    def __init__(self, weight: Tensor, bias: bool = False) -> None:
-        super().__init__()
-        self.lin = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
-        self.lin.weight.data = weight.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
 
 
 def adapted_layer(weight: Tensor, **settings: Any) -> tuple[PeftModel, SorsaLinear]:
     model = get_peft_model(OneLayer(weight), SorsaConfig(target_modules=["lin"], **settings))
     return model, model.base_model.model.lin
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def steps(model: nn.Module, count: int, lr: float = 1e-2) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    for _ in range(count):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 # The hand-computed case and the identities --------------------------------------------------------
