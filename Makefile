@@ -6,6 +6,9 @@ JOBS ?= 2
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
+# Scripts in benchmarks/ that train each arm several times.
+STUDIES := refined_linear_decay infinite_lr annealing_law adaptive_batch_size continual_ema weight_average \
+	ties lcsc sparse_soup
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hf-ext-installed
 RUNNABLE := $(VENV)/.hf-ext-runnable
@@ -38,14 +41,17 @@ $(RUNNABLE): pyproject.toml | $(BIN)/python
 demo: $(RUNNABLE) ## fine-tune the embedded model for a minute or two
 	$(BIN)/hf-ext train examples/quickstart.yaml
 
-test: install ## the whole suite but the `effect` tests
-	$(RUN_TESTS) -n $(JOBS) --dist loadgroup -m "not effect" $(PYTEST_ARGS)
+test: install ## the whole suite
+	$(RUN_TESTS) -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 test-dist: install ## only the tests that start several processes
 	$(RUN_TESTS) -m distributed $(PYTEST_ARGS)
 
-effects: install ## methods against their baselines (minutes)
-	$(RUN_TESTS) -m effect $(PYTEST_ARGS)
+effects: install ## methods against their baselines, as the methods' pages show them (two hours on one core)
+	for study in $(STUDIES); do \
+		$(BIN)/python benchmarks/$$study.py --out docs/assets/$$study.json || exit 1; \
+	done
+	for study in opcm rmm robust_weight_signature; do $(BIN)/python benchmarks/$$study.py || exit 1; done
 
 bench: install ## the ratios of docs/benchmarks.md (a quiet machine, about an hour)
 	$(BIN)/python benchmarks/initialization.py --out docs/assets/initialization.json
@@ -58,6 +64,7 @@ bench: install ## the ratios of docs/benchmarks.md (a quiet machine, about an ho
 	$(BIN)/python benchmarks/eva.py --out docs/assets/eva.json
 	$(BIN)/python benchmarks/lora_ga.py --out docs/assets/lora_ga.json
 	$(BIN)/python benchmarks/qpissa.py --out docs/assets/qpissa.json
+	$(BIN)/python benchmarks/callback_step.py --out docs/assets/callback_step.json
 	$(BIN)/python benchmarks/start_up.py --out docs/assets/start_up.json
 	$(BIN)/python benchmarks/sorsa_vs_lora.py --out docs/assets/sorsa_vs_lora
 

@@ -1,4 +1,4 @@
-"""`hf-ext`: train a recipe, compare methods on it, list and explain methods, export adapters.
+"""`hf-ext`: train a recipe, compare methods on it, list and explain methods, merge models, export adapters.
 
 Only the standard library is imported here; each command imports what it needs, so that help answers at once.
 """
@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _NAME = "hf-ext"
 
@@ -95,6 +96,76 @@ def _parser() -> argparse.ArgumentParser:
     refine.add_argument("--tau", type=float, default=0.1, help="median window as a share of the run (0.1)")
     refine.add_argument("--keep-zero", action="store_true", help="end with a rate of 0, as in the paper")
     refine.set_defaults(run=_refine)
+    predict = schedules.add_parser(
+        "predict",
+        parents=[common],
+        allow_abbrev=False,
+        help="rank schedules by their forecast final loss",
+        description="Fit the annealing law to recorded runs (AnnealingLawCallback), rank candidate schedules "
+        "by it, and write schedule_forecast.json and .png into the first run's folder.",
+        epilog="Options of a schedule follow a colon: --schedules wsd:num_decay_steps=100,cosine",
+    )
+    predict.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="output folders of the runs")
+    predict.add_argument("--schedules", metavar="A,B", help="names (constant,linear,cosine,wsd,infinite_lr)")
+    predict.add_argument("--steps", type=int, metavar="N", help="updates of each schedule (those of the run)")
+    predict.add_argument("--learning-rate", type=float, metavar="LR", help="their peak (that of the runs)")
+    predict.add_argument("--warmup-steps", type=int, metavar="N", help="their warm-up (that of the run)")
+    predict.add_argument("--lam", type=float, default=0.999, help="decay of the annealing momentum (0.999)")
+    predict.add_argument("--fit-lambda", action="store_true", help="take the best of 0.99, 0.995 and 0.999")
+    predict.add_argument("--level", type=float, default=0.9, help="share within the intervals (0.9)")
+    predict.add_argument("--allow-peak-change", action="store_true", help="allow a peak above the fitted one")
+    predict.set_defaults(run=_predict)
+
+    merge = commands.add_parser(
+        "merge",
+        parents=[common],
+        allow_abbrev=False,
+        help="merge models or adapters",
+        description="Merge models or adapters as a YAML file says; files for mergekit are read too. The same "
+        "command goes on with a merge that was interrupted.",
+    )
+    merge.add_argument("config", metavar="CONFIG.yaml", help="what to merge; examples/merge.yaml is one")
+    merge.add_argument("out", metavar="OUT", help="folder to write")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
+    merge.add_argument("--restart", action="store_true", help="discard an unfinished merge of another plan")
+    merge.add_argument("--threads", type=int, metavar="N", help="workers; left out, what the file says")
+    merge.set_defaults(run=_merge)
+
+    _add_adapter_commands(commands, common)
+    _add_signature_commands(commands, common)
+    return parser
+
+
+def _add_adapter_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    store = commands.add_parser(
+        "store",
+        parents=[common],
+        allow_abbrev=False,
+        help="store LoRA adapters as one shared basis (rmm)",
+        description="Store LoRA adapters as a basis that they share and coefficients of each; "
+        "`hf-ext restore` makes any of them again.",
+    )
+    store.add_argument("store", metavar="STORE", help="folder to write")
+    store.add_argument("adapters", metavar="[NAME=]ADAPTER", nargs="+", help="folders of the adapters")
+    store.add_argument("--basis-size", type=int, default=2, metavar="P", help="vectors of each basis (2)")
+    store.add_argument("--budget", type=float, metavar="SHARE", help="share of the adapters' bytes, instead")
+    store.add_argument("--granularity", default="position", help="position, tensor or layer (position)")
+    store.add_argument("--center", action="store_true", help="store means apart")
+    store.add_argument("--align", action="store_true", help="turn factors to come near to the first one's")
+    store.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (bfloat16)")
+    store.add_argument("--overwrite", action="store_true", help="replace an earlier store")
+    store.add_argument("--add", action="store_true", help="add to the store, on the bases that are there")
+    store.set_defaults(run=_store)
+
+    restore = commands.add_parser(
+        "restore", parents=[common], allow_abbrev=False, help="restore an adapter from a store (rmm)"
+    )
+    restore.add_argument("store", metavar="STORE", help="folder of the store")
+    restore.add_argument("name", metavar="NAME", help="name of the adapter")
+    restore.add_argument("out", metavar="OUT", help="folder to write")
+    restore.add_argument("--base", metavar="MODEL", help="merge it into this model, and write the model")
+    restore.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+    restore.set_defaults(run=_restore)
 
     export = commands.add_parser(
         "export-lora", parents=[common], help="turn a saved adapter into an ordinary LoRA"
@@ -103,7 +174,40 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", help="folder to write")
     export.add_argument("--rank", type=int, help="rank of the LoRA; left out, the smallest that is exact")
     export.set_defaults(run=_export_lora)
-    return parser
+
+
+def _add_signature_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    signature = commands.add_parser(
+        "signature", help="patches that make a model robust (robust_weight_signature)"
+    )
+    actions = signature.add_subparsers(dest="action", metavar="ACTION", required=True)
+    extract = actions.add_parser(
+        "extract", parents=[common], allow_abbrev=False, help="extract a signature from three models"
+    )
+    extract.add_argument("start", metavar="START", help="model that both others were trained from")
+    extract.add_argument("clean", metavar="CLEAN", help="model trained on clean data")
+    extract.add_argument("robust", metavar="ROBUST", help="model trained on corrupted data")
+    extract.add_argument("out", metavar="OUT", help="folder to write")
+    extract.add_argument("--label", help="name of the signature; left out, that of ROBUST")
+    extract.add_argument("--keep-num", type=int, default=7, metavar="N", help="shallow layers it covers (7)")
+    extract.add_argument("--bits", type=int, default=8, help="bits of a number: 2 to 8, 16 or 32 (8)")
+    extract.add_argument("--overwrite", action="store_true", help="replace an earlier signature in OUT")
+    extract.set_defaults(run=_extract)
+    apply = actions.add_parser("apply", parents=[common], allow_abbrev=False, help="patch a model")
+    apply.add_argument("model", metavar="MODEL", help="folder of the model")
+    apply.add_argument("out", metavar="OUT", help="folder to write")
+    apply.add_argument("signatures", metavar="SIGNATURE", nargs="+", help="folders of signatures")
+    apply.add_argument("--alpha", type=float, help="strength of each; left out, 1 over their number")
+    apply.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+    apply.set_defaults(run=_apply)
+    remove = actions.add_parser(
+        "remove", parents=[common], allow_abbrev=False, help="take signatures off a model, bit for bit"
+    )
+    remove.add_argument("model", metavar="MODEL", help="folder of the patched model")
+    remove.add_argument("out", metavar="OUT", help="folder to write")
+    remove.add_argument("--label", action="append", help="a signature to take off; left out, all of them")
+    remove.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+    remove.set_defaults(run=_remove)
 
 
 # Commands ---------------------------------------------------------------------------------------------------
@@ -155,14 +259,14 @@ def _quiet(parsed: argparse.Namespace) -> None:
 
 def _list(parsed: argparse.Namespace) -> int:
     from .core.checks import check_choice
+    from .core.registry import KINDS
 
     try:  # a generated table, so that this answers without torch
         from ._methods import METHODS
     except ImportError:
         METHODS = ()
-    kinds = ("adapter", "callback", "trainer", "optimizer", "merge")
     if parsed.kind is not None:
-        check_choice("KIND", parsed.kind, kinds)
+        check_choice("KIND", parsed.kind, KINDS)
     rows = [row for row in METHODS if parsed.kind in (None, row[0])]
     widths = [max((len(str(row[column])) for row in rows), default=0) for column in range(3)]
     for kind, name, summary, paper, *_ in rows:
@@ -183,6 +287,111 @@ def _refine(parsed: argparse.Namespace) -> int:
     written = refine_run(parsed.run_dir, norm=parsed.norm, tau=parsed.tau, drop_zero=not parsed.keep_zero)
     for path in written:
         _say(f"wrote {path}")
+    return 0
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    from .training.predict import SCHEDULES, predict_runs
+
+    _quiet(parsed)
+    found = predict_runs(
+        parsed.run_dirs,
+        SCHEDULES if parsed.schedules is None else parsed.schedules,
+        steps=parsed.steps,
+        learning_rate=parsed.learning_rate,
+        warmup_steps=parsed.warmup_steps,
+        lam=parsed.lam,
+        fit_lambda=parsed.fit_lambda,
+        level=parsed.level,
+        allow_peak_change=parsed.allow_peak_change,
+    )
+    for note in found.notes:
+        _say(f"note: {note}")
+    _say(found.table())
+    for path in found.files:
+        _say(f"wrote {path}")
+    return 0
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    from .merging._config import read_config
+    from .merging._merge import merge
+
+    config = read_config(parsed.config, threads=parsed.threads)
+    result = merge(config, parsed.out, overwrite=parsed.overwrite, restart=parsed.restart)
+    _say(f"wrote {parsed.out}" + (" (went on with an interrupted merge)" if result.resumed else ""))
+    return 0
+
+
+def _store(parsed: argparse.Namespace) -> int:
+    from .merging.rmm import add_adapter, store_adapters
+
+    pairs = [given.rpartition("=")[::2] for given in parsed.adapters]
+    named = {name or os.path.basename(os.path.realpath(folder)): folder for name, folder in pairs}
+    if len(named) < len(pairs):
+        raise ValueError("ADAPTER must be given as NAME=FOLDER where two would be called alike")
+    if parsed.add:
+        report = [add_adapter(parsed.store, folder, name) for name, folder in named.items()][-1]
+    else:
+        report = store_adapters(
+            named,
+            parsed.store,
+            basis_size=parsed.basis_size,
+            budget=parsed.budget,
+            granularity=parsed.granularity,
+            center=parsed.center,
+            align=parsed.align,
+            dtype=parsed.dtype,
+            overwrite=parsed.overwrite,
+        )
+    for name, error in report.errors.items():
+        _say(f"{name}: relative error of its updates {error:.4f}")
+    share = report.stored_bytes / report.adapter_bytes
+    _say(f"wrote {parsed.store}: {report.stored_bytes} bytes, {share:.1%} of the adapters'")
+    return 0
+
+
+def _restore(parsed: argparse.Namespace) -> int:
+    from .merging.rmm import restore_adapter
+
+    restore_adapter(parsed.store, parsed.name, parsed.out, base=parsed.base, overwrite=parsed.overwrite)
+    _say(f"wrote {parsed.out}")
+    return 0
+
+
+def _extract(parsed: argparse.Namespace) -> int:
+    from .merging.robust_weight_signature import extract_signature
+
+    found = extract_signature(
+        parsed.start,
+        parsed.clean,
+        parsed.robust,
+        parsed.out,
+        label=parsed.label,
+        keep_num=parsed.keep_num,
+        bits=parsed.bits,
+        overwrite=parsed.overwrite,
+    )
+    _say(f"wrote {parsed.out}: {found.label}, {len(found.tensors)} tensors, {found.nbytes} bytes")
+    return 0
+
+
+def _apply(parsed: argparse.Namespace) -> int:
+    from .merging.robust_weight_signature import apply_signatures
+
+    alpha = 1.0 / len(parsed.signatures) if parsed.alpha is None else parsed.alpha
+    apply_signatures(
+        parsed.model, dict.fromkeys(parsed.signatures, float(alpha)), parsed.out, overwrite=parsed.overwrite
+    )
+    _say(f"wrote {parsed.out}")
+    return 0
+
+
+def _remove(parsed: argparse.Namespace) -> int:
+    from .merging.robust_weight_signature import remove_signatures
+
+    remove_signatures(parsed.model, parsed.out, parsed.label, overwrite=parsed.overwrite)
+    _say(f"wrote {parsed.out}")
     return 0
 
 

@@ -1,11 +1,17 @@
 """Seams of transformers' Trainer without a stability promise, checked on 5.23.
 
 A callback of ours may define what is called here; other callbacks are left alone. All are optional:
-`added_to(handler)`, `warm_start()`, `gradient_norm(norm)`, `checkpoint_written(folder)`, `abandon()`.
+`added_to(handler)`, `warm_start()`, `gradient_norm(norm)`, `checkpoint_written(folder)`, `abandon()`;
+`training_values(values, dataloader)` and `resume_position(place, checkpoint)`, which return what they are
+given or correct it; and `around_<method>(call, ...)`, which run in the place of a method of the Trainer and
+take it as their first argument: `around_batch_samples`, `around_training_step`,
+`around_floating_point_ops`, `around_input_tokens`. `evaluating()` returns a context manager that an
+evaluation runs in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +92,50 @@ class TrainerSeams:
                 self._load_from_checkpoint(start)  # sharded models are loaded once they are wrapped
         return super()._prepare_for_training(max_steps, train_dataloader, start)  # pyright: ignore
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        values = super().set_initial_training_values(args, dataloader)  # pyright: ignore[reportAttributeAccessIssue]
+        for training_values in self._having("training_values"):
+            values = training_values(values, dataloader)
+        return values
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        for resume_position in self._having("resume_position"):
+            place = resume_position(place, resume_from_checkpoint)
+        return place
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        draw = super().get_batch_samples  # pyright: ignore[reportAttributeAccessIssue]
+        return self._through("around_batch_samples", draw, epoch_iterator, num_batches, device)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        step = super().training_step  # pyright: ignore[reportAttributeAccessIssue]
+        return self._through("around_training_step", step, model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: Any) -> Any:
+        count = super().floating_point_ops  # pyright: ignore[reportAttributeAccessIssue]
+        return self._through("around_floating_point_ops", count, inputs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        track = super()._track_num_input_tokens  # pyright: ignore[reportAttributeAccessIssue]
+        self._through("around_input_tokens", track, inputs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, within what each callback's `evaluating` puts in place and takes back."""
+        with contextlib.ExitStack() as stack:
+            for evaluating in self._having("evaluating"):
+                stack.enter_context(evaluating())
+            return super().evaluate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
         for gradient_norm in self._having("gradient_norm"):
@@ -97,6 +147,11 @@ class TrainerSeams:
         # Before trainer_state.json, which makes a checkpoint whole, and before a push.
         for written in self._having("checkpoint_written"):
             written(Path(output_dir))
+
+    def _through(self, name: str, call: Any, *args: Any) -> Any:
+        for around in self._having(name):
+            call = functools.partial(around, call)
+        return call(*args)
 
     def _having(self, name: str) -> Iterator[Any]:
         for callback in list(self.callback_handler.callbacks):

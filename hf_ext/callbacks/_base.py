@@ -28,7 +28,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from .._compat.transformers import announce_callbacks, checkpoint_of, remember_checkpoint
 from ..core import dist
 from ..core.checks import check, check_fields
-from ..core.registry import MethodInfo, register
+from ..core.registry import MethodInfo, Variant, register
 from ..core.state import load_state, save_state
 
 remember_checkpoint()
@@ -318,7 +318,10 @@ class Callback(TrainerCallback):
             save_state(folder, self.file_name(), scalars, tensors)
 
         if self.per_rank:
+            dist.barrier()  # the first process makes the folder
             with dist.together():
+                if not dist.is_main():
+                    folder.mkdir(parents=True, exist_ok=True)  # on another host
                 write()
         else:
             dist.on_main(write)
@@ -394,6 +397,7 @@ def register_callback(
     supports: set[str] | frozenset[str] = frozenset(),
     test_kwargs: Mapping[str, object] | None = None,
     bad_kwargs: tuple[Mapping[str, object], ...] = (),
+    variants: tuple[Variant, ...] = (),
 ) -> Callable[[C], C]:
     """Register a callback class under a name; the row is its `info`.
 
@@ -402,9 +406,11 @@ def register_callback(
         summary: One line of what a user gets.
         paper: Identifier such as "arXiv:2404.02948", or None.
         neutral: Settings that change nothing; see `Neutral`.
-        supports: Flags. "bare": the method also works in a loop of PyTorch alone.
+        supports: Flags. "bare": the method also works in a loop of PyTorch alone; "local_updates": processes
+            do not average their gradients; "observes": nothing in the run is changed.
         test_kwargs: Settings that the contract suite runs for ten optimizer steps.
         bad_kwargs: Settings that must be refused with an error that names the (last) field.
+        variants: Further forms of the method, for the contract suite.
     """
 
     def add(cls: C) -> C:
@@ -417,6 +423,7 @@ def register_callback(
             supports=frozenset(supports),
             test_kwargs=dict(test_kwargs or {}),
             bad_kwargs=bad_kwargs,
+            variants=variants,
         )
         cls.neutral = neutral
         register(cls.info)

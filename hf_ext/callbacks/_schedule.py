@@ -71,6 +71,27 @@ class Curve(ABC):
         return LambdaLR(optimizer, functions)
 
 
+@dataclass(kw_only=True, eq=False)
+class Clock(Curve):
+    """Time alone, at a pace: lets a schedule that is not ours run by another count than updates."""
+
+    def factor(self, t: float) -> float:
+        """Return the time."""
+        return t
+
+    def driving(
+        self, function: Callable[[int], float], scale: Callable[[], float] = lambda: 1.0
+    ) -> Callable[[int], float]:
+        """Return the function of this clock's time in the place of the scheduler's step, times the scale."""
+
+        # A plain function: `LambdaLR.state_dict` leaves it out, so that scheduler.pt holds no code.
+        def driven(step: int) -> float:
+            time = self(step)
+            return function(int(time) if time == int(time) else time) * scale()  # pyright: ignore[reportArgumentType]
+
+        return driven
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class LearningRateCallback(Callback):
     """Base of the callbacks that own the learning rate: a method says which curve it follows.

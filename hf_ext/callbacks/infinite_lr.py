@@ -70,8 +70,8 @@ class InfiniteLRCurve(Curve):
     cooldown: str = "cosine"
     rsqrt_scale: float = 10.0
     anneal: str = "exponential"
-    anneal_start: int | None = None
-    anneal_steps: int | None = None
+    anneal_start: float | None = None
+    anneal_steps: float | None = None
 
     def __post_init__(self) -> None:
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
@@ -402,9 +402,13 @@ class InfiniteLRCallback(LearningRateCallback):
             self._asked = None
         if curve.anneal_start is None or curve.anneal_steps is None:
             return
+        if curve.time(self.step - 1) < curve.anneal_start < now:
+            # A batch that has grown steps over the mark: the anneal begins here, and ends where it was to.
+            curve.anneal_steps = max(curve.anneal_steps - (now - curve.anneal_start), 1)
+            curve.anneal_start = now
         if now == curve.anneal_start:
             control.should_save = True
-        if now > curve.anneal_start + curve.anneal_steps:
+        if curve.time(self.step - 1) >= curve.anneal_start + curve.anneal_steps:
             control.should_save = control.should_training_stop = True
 
     def saved(self, run: Run, folder: Path) -> None:

@@ -44,7 +44,7 @@ def find(name: str) -> registry.MethodInfo:
     Raises:
         ValueError: There is no such method; close matches are offered.
     """
-    from .. import adapters, callbacks  # noqa: F401 (they register)
+    from .. import adapters, callbacks, merging  # noqa: F401 (they register)
 
     rows = {row.name: row for row in registry.methods()}
     if name not in rows:

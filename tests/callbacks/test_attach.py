@@ -45,13 +45,23 @@ def test_the_seams_exist_upstream_with_these_parameters() -> None:
         "train": None,
         "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
         "_get_grad_norm": ["self", "model", "grad_norm"],
+        "set_initial_training_values": ["self", "args", "dataloader"],
+        "_init_training_state": [
+            *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+            *("resume_from_checkpoint", "trial"),
+        ],
+        "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+        "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+        "floating_point_ops": ["self", "inputs"],
+        "_track_num_input_tokens": ["self", "inputs"],
+        "evaluate": None,
         "_save_optimizer_and_scheduler": ["self", "output_dir"],
         "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     }
     for name, wanted in expected.items():
         found = list(inspect.signature(getattr(Trainer, name)).parameters)
         assert wanted is None or found == wanted, name
-    own = {name for name, value in vars(TrainerSeams).items() if callable(value)} - {"_having"}
+    own = {name for name, value in vars(TrainerSeams).items() if callable(value)} - {"_having", "_through"}
     assert own == set(expected) - {"_load_from_checkpoint"}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_ext.callbacks import InfiniteLRCallback, InfiniteLRCurve
 from hf_ext.callbacks.infinite_lr import ANNEALS, COOLDOWNS
@@ -218,6 +219,30 @@ def test_anneal_on_demand_saves_a_branch_and_ends_the_run(tmp_path: Path) -> Non
     } <= names
     assert json.loads((tmp_path / "infinite_branch" / "trainer_state.json").read_text())["global_step"] == 6
     assert not list(tmp_path.glob(".*"))
+
+
+class Hurry(TrainerCallback):
+    """Let the schedule's time run three times as fast from the third update on, as a larger batch would."""
+
+    def __init__(self, schedule: InfiniteLRCallback) -> None:
+        self.schedule = schedule
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and self.schedule.curve is not None:
+            self.schedule.curve.set_pace(2, 3.0)
+
+
+def test_an_anneal_whose_first_step_is_stepped_over_begins_at_once(tmp_path: Path) -> None:
+    schedule = InfiniteLRCallback(warmup_steps=0, cooldown_steps=1, anneal_start=7)
+    trainer = build(tmp_path, schedule, others=[Hurry(schedule)], max_steps=10)
+    trainer.train()
+    # Times 0, 1, 2, 5, 8, 11: the fifth update is the first at or past 7, and the anneal's end is kept.
+    assert isinstance(schedule.curve, InfiniteLRCurve)
+    assert (schedule.curve.anneal_start, schedule.curve.anneal_steps) == (8.0, 1.0)
+    branch = json.loads((tmp_path / "infinite_branch" / "trainer_state.json").read_text())
+    assert branch["global_step"] == 4
+    assert schedule.read_state(tmp_path / "infinite_branch")["phase"] == "constant"
+    assert trainer.state.global_step == 6  # the anneal ended the run
 
 
 def test_an_interrupted_anneal_goes_on(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_neutral_settings_change_no_bit(info: MethodInfo, accumulation: int, tmp
     assert logged(with_it, "grad_norm") == logged(plain, "grad_norm")
 
 
-@pytest.mark.parametrize("info", CALLBACKS)
+@pytest.mark.parametrize("info", methods("callback", lacks="observes"))
 def test_the_test_settings_are_not_neutral(info: MethodInfo, tmp_path: Path) -> None:
     plain = build(tmp_path, save_strategy="no")
     plain.train()
@@ -191,7 +191,7 @@ def test_state_files_hold_no_pickle(info: MethodInfo, tmp_path: Path) -> None:
     build(tmp_path, make(info)).train()
     folder = tmp_path / f"checkpoint-{STEPS}"
     files = state_files(folder)
-    assert f"hf_ext_{info.name}.json" in files
+    assert f"{make(info).file_name()}.json" in files
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors"}
     for name in ("scheduler.pt", "optimizer.pt"):  # upstream's own, read without pickle's freedom
         torch.load(folder / name, weights_only=True)
@@ -201,7 +201,7 @@ def test_state_files_hold_no_pickle(info: MethodInfo, tmp_path: Path) -> None:
 def test_a_checkpoint_without_its_state_is_refused(info: MethodInfo, tmp_path: Path) -> None:
     build(tmp_path, make(info)).train()
     folder = tmp_path / f"checkpoint-{MIDDLE}"
-    (folder / f"hf_ext_{info.name}.json").unlink()
+    (folder / f"{make(info).file_name()}.json").unlink()
     with pytest.raises(ValueError, match=rf"lacks the state of {info.name}"):
         build(tmp_path, make(info)).train(resume_from_checkpoint=str(folder))
 

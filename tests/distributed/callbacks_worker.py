@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -27,9 +28,10 @@ from tests.registry_cases import methods
 GLOBAL_BATCH = 4
 
 
-def cases() -> dict[str, MethodInfo]:
-    """Return every registered callback, and each of its forms."""
-    return {str(case.id): case.values[0] for case in methods("callback")}
+def cases(mode: str = "one") -> dict[str, MethodInfo]:
+    """Return every registered callback, and each of its forms, that runs in a mode."""
+    whole = "local_updates" if mode == "fsdp2" else ()  # such methods need a whole replica on each process
+    return {str(case.id): case.values[0] for case in methods("callback", lacks=whole)}
 
 
 def _switch_fsdp_on(arguments: TrainingArguments) -> None:
@@ -43,11 +45,15 @@ def run(
 ) -> dict[str, Tensor]:
     """Train, and return the whole parameters and the numbers of the training logs.
 
+    Modes on one process: "one" for a whole batch at once, "accumulated" for one after the other the batches
+    that two processes have; on two: "ddp" and "fsdp2".
+
     A large epsilon: Adam's normalization would else enlarge the rounding of a sum in another order. (Not SGD:
     FSDP2 cannot load the state of an optimizer that has none.)
     """
     options: dict[str, Any] = {"adam_epsilon": 0.1, "learning_rate": 0.1, "max_grad_norm": 0.5}
     options["per_device_train_batch_size"] = GLOBAL_BATCH if mode == "one" else GLOBAL_BATCH // 2
+    options["gradient_accumulation_steps"] = 2 if mode == "accumulated" else 1
     if mode == "fsdp2":
         wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         options.update(fsdp=True, fsdp_config={**wrapped, "state_dict_type": "FULL_STATE_DICT"})
@@ -55,7 +61,7 @@ def run(
         folder, make(info), prepare=_switch_fsdp_on if mode == "fsdp2" else lambda _: None, **options
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer.accelerator.num_processes == (1 if mode == "one" else 2)
+    assert trainer.accelerator.num_processes == (1 if mode in ("one", "accumulated") else 2)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if mode == "fsdp2":
         assert all(hasattr(p, "full_tensor") for p in model.parameters())
@@ -70,7 +76,10 @@ def run(
 def main() -> None:
     """Train every case in one go, then from the checkpoint in the middle."""
     mode, out = sys.argv[1], Path(sys.argv[2])
-    for name, info in cases().items():
+    for name in cases().keys() - cases(mode).keys():
+        with pytest.raises(ValueError, match="whole replica"):
+            run(out / name, cases()[name], mode)
+    for name, info in cases(mode).items():
         whole = run(out / name, info, mode)
         rank = dist.get_rank()
         save_file(whole, out / f"{name}-whole.rank{rank}.safetensors")

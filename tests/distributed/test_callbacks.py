@@ -18,17 +18,30 @@ from tests.distributed import callbacks_worker as worker
 
 # One xdist group: the two-process runs behind the module's fixture are then made once.
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_callbacks")]
-CASES = list(worker.cases())
+MODES = ("ddp", "fsdp2")
+CASES = [pytest.param(mode, case, id=f"{mode}-{case}") for mode in MODES for case in worker.cases(mode)]
+# Processes that train apart are no one process with a larger batch.
+JOINED = [
+    pytest.param(mode, case, id=f"{mode}-{case}")
+    for mode in MODES
+    for case, info in worker.cases(mode).items()
+    if "local_updates" not in info.supports
+]
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def outputs(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the worker once for a mode, on two ranks."""
-    out = tmp_path_factory.mktemp(request.param)
+    out = tmp_path_factory.mktemp(mode)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
         *("--master_port", str(get_torch_dist_unique_port())),
-        *("-m", "tests.distributed.callbacks_worker", request.param, str(out)),
+        *("-m", "tests.distributed.callbacks_worker", mode, str(out)),
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -42,7 +55,7 @@ def result(outputs: Path, case: str, run: str, rank: int = 0) -> dict[str, Tenso
     return load_file(outputs / f"{case}-{run}.rank{rank}.safetensors")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("mode", "case"), CASES, indirect=["mode"])
 @pytest.mark.parametrize("run", ["whole", "resumed"])
 def test_ranks_agree_to_the_bit(case: str, run: str, outputs: Path) -> None:
     first, second = (result(outputs, case, run, rank) for rank in (0, 1))
@@ -50,15 +63,16 @@ def test_ranks_agree_to_the_bit(case: str, run: str, outputs: Path) -> None:
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("mode", "case"), CASES, indirect=["mode"])
 def test_resumed_run_is_bit_equal(case: str, outputs: Path) -> None:
     whole, resumed = result(outputs, case, "whole"), result(outputs, case, "resumed")
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one(case: str, outputs: Path, tmp_path: Path) -> None:
-    alone = worker.run(tmp_path, worker.cases()[case])
+@pytest.mark.parametrize(("mode", "case"), JOINED, indirect=["mode"])
+def test_two_processes_equal_one(case: str, mode: str, outputs: Path, tmp_path: Path) -> None:
+    # What is measured between gradients sees those of each process with DDP, and their mean with FSDP2.
+    alone = worker.run(tmp_path, worker.cases()[case], "accumulated" if mode == "ddp" else "one")
     both = result(outputs, case, "whole")
     assert alone.keys() == both.keys()
     for key, expected in alone.items():

@@ -1,0 +1,160 @@
+"""Rates of schedules, and the trace of a run: its learning rates with the losses measured in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import SchedulerType, get_scheduler
+
+from ..core.checks import check, refuse_unknown
+from ..core.state import load_state
+from ._annealing_fit import rising_steps
+from ._schedule import Curve
+
+TRACE = "annealing_law_trace"
+
+
+@dataclass(frozen=True, eq=False)
+class LossTrace:
+    """Learning rates of a run, and the losses measured in it.
+
+    Args:
+        rates: (T,) rate of each update from the first on, float64.
+        steps: (n,) updates made before each loss was measured, in 1 to T, int64.
+        losses: (n,) held-out losses, nats per token, float64.
+        first_step: Optimizer step of the first rate; a fit needs 1.
+        warmup_steps: Updates of the warm-up; None for the first stretch that rises at each update.
+        context: What the law depends on: model, optimizer, batch_size, weight_decay, and the like.
+    """
+
+    rates: Tensor
+    steps: Tensor
+    losses: Tensor
+    first_step: int = 1
+    warmup_steps: int | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(len(self.steps) == len(self.losses), "losses", len(self.losses), f"{len(self.steps)} numbers")
+        inside = not len(self.steps) or bool(((self.steps >= 1) & (self.steps <= len(self.rates))).all())
+        check(inside, "steps", self.steps.tolist()[-3:], f"in 1 to {len(self.rates)}, the number of rates")
+
+    @property
+    def warmup(self) -> int:
+        """Updates of the warm-up."""
+        return rising_steps(self.rates) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def peak(self) -> float:
+        """Largest rate."""
+        return float(self.rates.max()) if len(self.rates) else 0.0
+
+    @classmethod
+    def from_log_history(
+        cls,
+        history: Iterable[Mapping[str, Any]],
+        rates: Sequence[float] | Tensor | None = None,
+        *,
+        metric: str = "eval_loss",
+        context: Mapping[str, Any] | None = None,
+    ) -> LossTrace:
+        """Return the trace in a Trainer's `state.log_history`.
+
+        Args:
+            history: The log.
+            rates: Rate of each update, as from `schedule_rates`; None takes those logged, with lines between.
+            metric: The loss's name in the log.
+            context: As the class's.
+
+        Raises:
+            ValueError: No loss of that name, or no rate, is in the log.
+        """
+        history = list(history)
+        points = {int(entry["step"]): float(entry[metric]) for entry in history if metric in entry}
+        points.pop(0, None)
+        check(bool(points), "metric", metric, "a number of the log")
+        if rates is None:
+            known = {int(e["step"]): float(e["learning_rate"]) for e in history if "learning_rate" in e}
+            check(bool(known), "log_history", f"{len(history)} entries", "one with learning rates")
+            rates = _between(known, max(*points, *known))
+        steps = torch.tensor(sorted(points))
+        losses = torch.tensor([points[step] for step in steps.tolist()], dtype=torch.float64)
+        return cls(torch.as_tensor(rates, dtype=torch.float64), steps, losses, context=context or {})
+
+
+def _between(known: Mapping[int, float], count: int) -> Tensor:
+    places = sorted(known)
+    where, values = torch.tensor(places), torch.tensor([known[p] for p in places], dtype=torch.float64)
+    steps = torch.arange(1, count + 1)
+    if len(places) == 1:
+        return values.expand(count).clone()
+    right = torch.searchsorted(where, steps).clamp(1, len(places) - 1)
+    share = ((steps - where[right - 1]) / (where[right] - where[right - 1])).clamp(0.0, 1.0)
+    return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+def recorded_trace(folder: str | Path) -> LossTrace:
+    """Return the trace that `AnnealingLawCallback` has left in a run's folder, or in a checkpoint.
+
+    Raises:
+        ValueError: There is none, or it is damaged.
+    """
+    for name in (TRACE, "hf_ext_annealing_law"):
+        try:
+            scalars, tensors = load_state(folder, name)
+        except FileNotFoundError:
+            continue
+        scalars = scalars.get("state", scalars)  # a checkpoint's file also has settings
+        if {"first_step", "warmup_steps", "context"} <= scalars.keys() and {"rates", "losses"} <= (
+            tensors.keys()
+        ):
+            return LossTrace(**tensors, **scalars)
+        raise ValueError(f"{Path(folder) / name}.json does not hold a trace of learning rates and losses")
+    raise ValueError(f"{folder} holds no trace of a run ({TRACE}.json); train with AnnealingLawCallback()")
+
+
+def curve_rates(curve: Curve, steps: int, peak: float) -> Tensor:
+    """Return the rates (steps,) of one of this library's curves, float64."""
+    return torch.tensor([peak * curve(step) for step in range(steps)], dtype=torch.float64)
+
+
+def schedule_rates(name: str, steps: int, peak: float, *, warmup_steps: int = 0, **options: Any) -> Tensor:
+    """Return the rates of one of transformers' schedules, or of "wsd".
+
+    Args:
+        name: As in `lr_scheduler_type`. "wsd" is "warmup_stable_decay" with a linear decay. Where an option
+            is not given, it decays over the last 20 % of the steps, and "cosine_with_min_lr" to 10 %.
+        steps: Updates of the run, at least 1.
+        peak: Peak rate, above 0.
+        warmup_steps: Updates of the warm-up.
+        **options: As in `lr_scheduler_kwargs`.
+
+    Returns:
+        (steps,), float64.
+
+    Raises:
+        ValueError: The name is unknown, or the schedule depends on more than the step.
+    """
+    check(steps >= 1, "steps", steps, "at least 1")
+    check(peak > 0.0, "peak", peak, "above 0")
+    check(0 <= warmup_steps < steps, "warmup_steps", warmup_steps, f"in [0, {steps})")
+    known = {str(kind.value) for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+    if name == "wsd":
+        name, options = "warmup_stable_decay", {"decay_type": "linear", **options}
+    if name not in known:
+        refuse_unknown("schedule", name, {*known, "wsd"})
+    if name == "warmup_stable_decay":
+        options = {"num_decay_steps": max(1, round(0.2 * steps)), **options}
+    if name.endswith("with_min_lr") and not {"min_lr", "min_lr_rate"} & options.keys():
+        options = {"min_lr_rate": 0.1, **options}
+    if name == "constant" and warmup_steps:
+        name = "constant_with_warmup"
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
+    scheduler: Any = get_scheduler(name, optimizer, warmup_steps, steps, options)
+    factor = scheduler.lr_lambdas[0]
+    return torch.tensor([peak * factor(step) for step in range(steps)], dtype=torch.float64)

@@ -1,0 +1,203 @@
+"""Whether checkpoints can be merged: all differences of names, shapes, types, vocabularies in one error."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.files import read_json
+from ._checkpoint import Checkpoint, Entry
+
+_SHOWN = 40  # differences of one kind that a text lists
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+
+@dataclass
+class Aligned:
+    """The tensors of the output and where each checkpoint has them.
+
+    Args:
+        names: Keys of the output, sorted.
+        entries: For each checkpoint in order, its entry by output key.
+        mixed: Keys of float tensors whose type differs between checkpoints.
+    """
+
+    names: list[str]
+    entries: list[dict[str, Entry]]
+    mixed: list[str] = field(default_factory=list)
+
+
+def align(models: Sequence[Checkpoint], *, untied: bool, dtype_given: bool) -> Aligned:
+    """Compare checkpoints with the first one, the reference.
+
+    Args:
+        models: The reference, then the others.
+        untied: Whether the output stores its head apart from its embeddings.
+        dtype_given: Whether the user has said what type the output has; parents may then differ in theirs.
+
+    Raises:
+        ValueError: They differ; the text lists all differences.
+    """
+    problems: list[str] = []
+    entries = [_with_head(model, models, untied, problems) for model in models]
+    reference = entries[0]
+    mixed: set[str] = set()
+    for model, own in zip(models[1:], entries[1:], strict=True):
+        problems += _listed(f"{model.label} lacks", [name for name in reference if name not in own])
+        problems += _listed(f"only {model.label} has", [name for name in own if name not in reference])
+        both = [name for name in reference if name in own]
+        problems += _listed(
+            f"shapes differ from {models[0].label}'s in {model.label}",
+            [
+                f"{name} {list(own[name].shape)} instead of {list(reference[name].shape)}"
+                for name in both
+                if own[name].shape != reference[name].shape
+            ],
+        )
+        other = [name for name in both if own[name].dtype != reference[name].dtype]
+        floats = [name for name in other if own[name].is_float and reference[name].is_float]
+        mixed.update(floats)
+        refused = [name for name in other if name not in floats or not dtype_given]
+        hint = "" if dtype_given else " (set dtype to merge different float types)"
+        problems += _listed(
+            f"types differ from {models[0].label}'s in {model.label}{hint}",
+            [f"{name} {own[name].dtype} instead of {reference[name].dtype}" for name in refused],
+        )
+    problems += _kinds(models)
+    problems += _vocabularies(models)
+    if problems:
+        note = ""
+        if any("lacks" in text or "only" in text for text in problems):
+            note = " (versions of a library may name the same tensors differently: save all with one)"
+        raise ValueError(f"the models cannot be merged: {'; '.join(problems)}{note}")
+    return Aligned(sorted(reference), entries, sorted(mixed))
+
+
+def _listed(title: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return [f"{title}: {', '.join(items[:_SHOWN])}{more}"]
+
+
+# Tied heads -------------------------------------------------------------------------------------------------
+
+
+def _with_head(
+    model: Checkpoint, models: Sequence[Checkpoint], untied: bool, problems: list[str]
+) -> dict[str, Entry]:
+    """Return a checkpoint's entries with its head stored or left out as the output will have it."""
+    own = dict(model.tensors)
+    head = next((name for name in _heads(models) if any(name in other.tensors for other in models)), None)
+    embedding = _embedding(own)
+    if head is None or embedding is None:
+        return own
+    if untied:
+        if head not in own and model.config.get("tie_word_embeddings", True):
+            own[head] = own[embedding]
+    elif head in own and any(head not in other.tensors for other in models):
+        if _equal(model, own[head], own[embedding]):
+            del own[head]
+        else:
+            problems.append(
+                f"{model.label} has a {head} of its own, which the output would tie to {embedding} "
+                "(make an untied model the base, or the first one)"
+            )
+    return own
+
+
+def _heads(models: Sequence[Checkpoint]) -> list[str]:
+    names = {name for model in models for name in model.tensors}
+    return sorted(
+        name for name in names if name in _HEADS or name.endswith(tuple(f".{h}" for h in _HEADS[:1]))
+    )
+
+
+def _embedding(entries: Mapping[str, Entry]) -> str | None:
+    found = [name for name in entries if name.endswith(_EMBEDDINGS)]
+    return found[0] if len(found) == 1 else None
+
+
+def _equal(model: Checkpoint, a: Entry, b: Entry) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return same_bytes(model, a, model, b)
+
+
+def same_bytes(one: Checkpoint, a: Entry, other: Checkpoint, b: Entry) -> bool:
+    """Whether two tensors of one size hold the same bytes."""
+    size, step = a.numel * a.itemsize, 1 << 20
+    places = range(0, size, step)
+    return all(
+        one.read_raw(a, place, min(step, size - place)) == other.read_raw(b, place, min(step, size - place))
+        for place in places
+    )
+
+
+# Configs and vocabularies -----------------------------------------------------------------------------------
+
+
+def _kinds(models: Sequence[Checkpoint]) -> list[str]:
+    problems: list[str] = []
+    kinds = {model.label: model.config.get("model_type") for model in models}
+    if len({kind for kind in kinds.values() if kind}) > 1:
+        problems.append(
+            "model types differ: " + ", ".join(f"{label} is {kind}" for label, kind in kinds.items())
+        )
+    for model in models:
+        if model.config.get("quantization_config"):
+            problems.append(f"{model.label} is quantized (quantization_config); dequantize it first")
+    return problems
+
+
+def _vocabularies(models: Sequence[Checkpoint]) -> list[str]:
+    reference, problems = vocabulary(models[0].folder), []
+    if reference is None:
+        return []
+    for model in models[1:]:
+        own = vocabulary(model.folder)
+        if own is None or own == reference:
+            continue
+        wrong = sorted(t for t in {*own, *reference} if own.get(t) != reference.get(t))
+        shown = ", ".join(f"{t!r} ({reference.get(t)} and {own.get(t)})" for t in wrong[:8])
+        both = f"vocabularies of {models[0].label} and {model.label}"
+        problems.append(f"{both} differ in {len(wrong)} tokens, such as {shown}")
+    return problems
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Return the number of each token of a saved tokenizer, or None where the folder has none to read.
+
+    Raises:
+        ValueError: A tokenizer file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = read_json(path)
+        try:
+            return _of_tokenizer(content)
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}") from error
+    if (folder / "vocab.json").is_file():
+        content = read_json(folder / "vocab.json")
+        return content if isinstance(content, dict) else None
+    if (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        return {token: number for number, token in enumerate(lines)}
+    return None
+
+
+def _of_tokenizer(content: Any) -> dict[str, int]:
+    held = content["model"]["vocab"]
+    tokens = {item[0]: number for number, item in enumerate(held)} if isinstance(held, list) else dict(held)
+    tokens.update({item["content"]: item["id"] for item in content.get("added_tokens") or []})
+    return tokens
+
+
+def excluded(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name fits one of the patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,536 @@
+"""The annealing law: its areas, exact recovery, refusals; the recorder and its forecast in a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+import hf_ext
+from hf_ext.callbacks import (
+    AnnealingLaw,
+    AnnealingLawCallback,
+    InfiniteLRCallback,
+    InfiniteLRCurve,
+    LossTrace,
+    curve_rates,
+    recorded_trace,
+    schedule_rates,
+)
+from hf_ext.callbacks._annealing_fit import annealing_momentum, areas, fit_law, rising_steps
+from hf_ext.callbacks._base import Run
+from hf_ext.core.state import load_state, save_state
+from tests.callbacks.runs import MIDDLE, STEPS, StopAt, build, equal, logged, parameters, tiny_model
+from tests.reference import annealing_law as reference
+
+TRUE = {"L0": 2.6, "A": 0.3, "C": 120.0, "alpha": 0.47}
+LAM, PEAK, LENGTH = 0.99, 2e-4, 2000
+
+
+def double(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def measured(
+    rates: Tensor, *, every: int = 50, noise: float = 0.0, scale: float = 1.0, **law: float
+) -> LossTrace:
+    """Return a trace whose losses are those of a law, by the plain loops."""
+    numbers = {**TRUE, **law}
+    s1, s2 = reference.areas(rates.tolist(), LAM)
+    steps = list(range(every, len(rates) + 1, every))
+    draw = random.Random(0)
+    losses = [
+        reference.loss(s1[s - 1], s2[s - 1], **numbers) * (1.0 + noise * draw.gauss(0.0, 1.0)) for s in steps
+    ]
+    return LossTrace(rates * scale, torch.tensor(steps), double(losses))
+
+
+def two_runs(**options: Any) -> list[LossTrace]:
+    rates = (schedule_rates(name, LENGTH, PEAK) for name in ("constant", "cosine"))
+    return [measured(values, **options) for values in rates]
+
+
+@pytest.fixture(scope="module")
+def law() -> AnnealingLaw:
+    return AnnealingLaw.fit(two_runs(), lam=LAM)
+
+
+# Areas --------------------------------------------------------------------------------------------
+
+
+def test_the_hand_computed_case() -> None:
+    rates = double([1.0, 1.0, 0.5, 0.5, 0.0])
+    s1, s2 = areas(rates, 0.9)
+    assert s1.tolist() == [1.0, 2.0, 2.5, 3.0, 3.0]
+    assert annealing_momentum(rates, 0.9).tolist() == pytest.approx([0.0, 0.0, 0.5, 0.45, 0.905])
+    assert s2.tolist() == pytest.approx([0.0, 0.0, 0.5, 0.95, 1.855])
+    values = {"L0": 2.0, "A": 1.0, "alpha": 0.5, "C": 0.1, "lam": 0.9, "eta_ref": 1.0}
+    rest = {"forward_range": (1.0, 3.0), "points": 5, "delta": 1e-3, "objective": 0.0, "condition": 1.0}
+    law = AnnealingLaw(**values, **rest, curves=[], context={}, draws=[])
+    with pytest.warns(UserWarning, match="next to no rate"):
+        found = law.predict(rates, trim_zero=False)
+    assert found.tolist() == pytest.approx([3.0, 2.707107, 2.582456, 2.482350, 2.391850], abs=1e-6)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.9, 0.99, 0.999, 0.9999, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 1000])
+def test_the_scan_equals_the_recurrence(lam: float, count: int) -> None:
+    draw = random.Random(count)
+    eta = [draw.random() for _ in range(count)]
+    # Sums of up to a thousand doubles of order 1, in another order.
+    assert annealing_momentum(double(eta), lam).tolist() == pytest.approx(
+        reference.momentum(eta, lam), abs=1e-12
+    )
+    s1, s2 = reference.areas(eta, lam)
+    found = areas(double(eta), lam)
+    assert found[0].tolist() == pytest.approx(s1, rel=1e-12)
+    assert found[1].tolist() == pytest.approx(s2, abs=1e-9)
+
+
+def test_limits_of_the_decay() -> None:
+    eta = double([0.7, 1.0, 0.4, 0.4, 0.9, 0.1])
+    assert areas(torch.full((300,), 0.3, dtype=torch.float64), 0.99)[1].tolist() == [0.0] * 300
+    assert areas(eta, 0.0)[1].tolist() == pytest.approx((eta[0] - eta).tolist(), abs=1e-15)
+    s1, s2 = areas(eta, 1.0)
+    expected = torch.arange(1, 7) * eta[0] - s1
+    assert s2.tolist() == pytest.approx(expected.tolist(), abs=1e-14)
+
+
+def test_a_warmup_counts_as_its_end() -> None:
+    assert rising_steps(double([1.0, 1.0, 2.0])) == 0
+    assert rising_steps(double([0.0, 0.5, 1.0, 1.0, 0.5])) == 2
+    assert rising_steps(double([0.0, 0.5, 1.0])) == 2
+    assert rising_steps(double([0.3])) == 0
+    steady = schedule_rates("cosine", 400, 1.0)
+    warm = schedule_rates("cosine", 400, 1.0, warmup_steps=30)
+    assert warm[0] == 0.0
+    ramps = [
+        torch.cat([ramp, steady[20:]])
+        for ramp in (torch.linspace(0.0, 0.9, 20), torch.linspace(0.5, 0.6, 20))
+    ]
+    law = AnnealingLaw.fit(two_runs(), lam=LAM)
+    curves = [law.predict(PEAK * ramp.double(), warmup_steps=20) for ramp in ramps]
+    assert torch.equal(*curves)
+    flat = law.predict(PEAK * torch.cat([steady[20:21].expand(20), steady[20:]]))
+    assert torch.equal(curves[0], flat)
+
+
+# Fit ----------------------------------------------------------------------------------------------
+
+
+def test_exact_data_are_recovered(law: AnnealingLaw) -> None:
+    for name, value in TRUE.items():
+        assert getattr(law, name) == pytest.approx(value, rel=1e-4), name
+    wsd = schedule_rates("wsd", LENGTH, PEAK)
+    s1, s2 = reference.areas(wsd.tolist(), LAM)
+    expected = [reference.loss(x, y, **TRUE) for x, y in zip(s1, s2, strict=True)]
+    assert law.predict(wsd).tolist() == pytest.approx(expected, abs=1e-6)
+    assert all(curve["r2"] == pytest.approx(1.0) for curve in law.curves)
+    assert law.points == 80
+
+
+def test_the_unit_of_the_rates_does_not_matter(law: AnnealingLaw) -> None:
+    scaled = AnnealingLaw.fit(two_runs(scale=1e3), lam=LAM)
+    assert pytest.approx(law.A * 1e3**law.alpha, rel=1e-6) == scaled.A
+    assert pytest.approx((law.C or 0.0) / 1e3, rel=1e-6) == scaled.C
+    rates = schedule_rates("linear", LENGTH, PEAK)
+    assert scaled.predict(1e3 * rates).tolist() == pytest.approx(law.predict(rates).tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 5e-3])
+def test_the_optimum_is_that_of_lbfgs(noise: float) -> None:
+    s1, s2, losses = [], [], []
+    for trace in two_runs(noise=noise):
+        x, y = reference.areas((trace.rates / PEAK).tolist(), LAM)
+        s1 += [x[s - 1] for s in trace.steps.tolist()]
+        s2 += [y[s - 1] for s in trace.steps.tolist()]
+        losses += trace.losses.tolist()
+    found, value = fit_law(double(s1), double(s2), double(losses), delta=1e-3, anneals=True)
+    start = (TRUE["L0"], TRUE["A"] / PEAK ** TRUE["alpha"], TRUE["C"] * PEAK, TRUE["alpha"])
+    other = reference.fit(start, s1, s2, losses, 1e-3)
+    best = reference.objective(other, s1, s2, losses, 1e-3)
+    assert value == pytest.approx(reference.objective(tuple(found.tolist()), s1, s2, losses, 1e-3), rel=1e-9)
+    # Either may stop a little above the optimum, which is flat; L-BFGS gives nan where Huber's kinks are met.
+    assert math.isnan(best) or value <= best * (1 + 1e-6)
+    if not math.isnan(best):
+        assert found.tolist() == pytest.approx(list(other), rel=1e-3)
+
+
+def test_the_decay_can_be_fitted() -> None:
+    assert AnnealingLaw.fit(two_runs(), fit_lambda=True, resamples=0).lam == LAM
+
+
+def test_intervals_hold_what_repeated_measurements_give() -> None:
+    wsd = schedule_rates("wsd", LENGTH, PEAK)
+    true_end = float(measured(wsd).losses[-1])
+    noisy = AnnealingLaw.fit(two_runs(noise=2e-3), lam=LAM)
+    wide = noisy.forecast(wsd, level=0.9)
+    assert wide.low < true_end < wide.high
+    assert wide.low < wide.loss < wide.high
+    narrow = noisy.forecast(wsd, level=0.5)
+    assert wide.low < narrow.low < narrow.high < wide.high
+    # Two thirds of a normal noise of 0.2 % lie within its size; the fit's own error adds little.
+    assert 0.002 < (wide.high - wide.low) / wide.loss < 0.02
+    quiet = AnnealingLaw.fit(two_runs(noise=2e-5), lam=LAM).forecast(wsd)
+    assert quiet.high - quiet.low < 0.1 * (wide.high - wide.low)
+
+
+def test_the_law_without_annealing_is_worse_where_runs_anneal(law: AnnealingLaw) -> None:
+    """The baseline: the same law fitted to the constant run alone, C = 0."""
+    import dataclasses
+
+    constant = AnnealingLaw.fit(two_runs()[0], lam=LAM)
+    assert constant.C is None
+    wsd = schedule_rates("wsd", LENGTH, PEAK)
+    true_end = float(measured(wsd).losses[-1])
+    without = float(dataclasses.replace(constant, C=0.0).predict(wsd)[-1])
+    assert abs(without - true_end) > 1000 * abs(float(law.predict(wsd)[-1]) - true_end)
+
+
+def test_json_keeps_the_law(law: AnnealingLaw) -> None:
+    again = AnnealingLaw.from_json(json.loads(json.dumps(law.to_json(), allow_nan=False)))
+    assert again == law
+    with pytest.raises(ValueError, match="law must be an object with the fields"):
+        AnnealingLaw.from_json({"L0": 1.0})
+
+
+def test_compare_ranks_by_the_final_loss(law: AnnealingLaw) -> None:
+    schedules = {name: schedule_rates(name, LENGTH, PEAK) for name in ("constant", "wsd", "cosine")}
+    found = law.compare(schedules)
+    ends = {name: float(measured(rates).losses[-1]) for name, rates in schedules.items()}
+    assert list(found) == sorted(ends, key=ends.__getitem__)
+    assert list(found)[-1] == "constant"
+
+
+# Refusals and warnings ----------------------------------------------------------------------------
+
+
+def test_too_little_is_refused() -> None:
+    rates = schedule_rates("cosine", LENGTH, PEAK)
+    with pytest.raises(ValueError, match=r"losses must be at least 20 .* got '19 points'"):
+        AnnealingLaw.fit(measured(rates, every=104), lam=LAM)
+    late = measured(rates, every=20)
+    with pytest.raises(ValueError, match="over a factor of at least 4 in the sum of learning rates"):
+        AnnealingLaw.fit(late, lam=LAM, fit_from=1000)
+    with pytest.raises(ValueError, match="traces must be at least one"):
+        AnnealingLaw.fit([])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_losses_that_are_none_are_refused(bad: float) -> None:
+    trace = measured(schedule_rates("cosine", LENGTH, PEAK))
+    trace.losses[7] = bad
+    with pytest.raises(ValueError, match=r"losses must be finite and above 0.*after update 400"):
+        AnnealingLaw.fit(trace)
+
+
+def test_a_trace_without_its_beginning_is_refused() -> None:
+    import dataclasses
+
+    trace = dataclasses.replace(two_runs()[0], first_step=6)
+    with pytest.raises(ValueError, match="first_step must be 1: the trace must be of a run that recorded"):
+        AnnealingLaw.fit(trace)
+
+
+def test_steps_without_a_rate_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps must be in 1 to 3"):
+        LossTrace(double([1.0] * 3), torch.tensor([4]), double([1.0]))
+    with pytest.raises(ValueError, match="losses must be 1 numbers"):
+        LossTrace(double([1.0] * 3), torch.tensor([2]), double([1.0, 2.0]))
+
+
+def test_annealing_is_refused_where_c_is_unknown() -> None:
+    law = AnnealingLaw.fit(two_runs()[0], lam=LAM)
+    assert law.predict(schedule_rates("constant", LENGTH, PEAK)).shape == (LENGTH,)
+    with pytest.raises(ValueError, match="no fitted run has annealed, so that C is unknown"):
+        law.predict(schedule_rates("wsd", LENGTH, PEAK))
+
+
+def test_a_higher_peak_is_refused(law: AnnealingLaw) -> None:
+    law.predict(schedule_rates("cosine", LENGTH, 1.09 * PEAK))
+    higher = schedule_rates("cosine", LENGTH, 1.11 * PEAK)
+    with pytest.raises(ValueError, match=r"peak learning rate must be at most 0\.00022"):
+        law.predict(higher)
+    law.predict(higher, allow_peak_change=True)
+
+
+def test_an_extrapolation_warns(law: AnnealingLaw) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        law.predict(schedule_rates("cosine", 10 * LENGTH, PEAK))
+    with pytest.warns(UserWarning, match="11 times the fitted one: an extrapolation"):
+        law.predict(schedule_rates("constant", 11 * LENGTH, PEAK))
+
+
+@pytest.mark.parametrize("extra", [100, 700])
+def test_zeros_at_the_end(law: AnnealingLaw, extra: int) -> None:
+    rates = schedule_rates("linear", 1000, PEAK)
+    padded = torch.cat([rates, torch.zeros(extra, dtype=torch.float64)])
+    before = float(law.predict(rates)[-1])
+    with pytest.warns(UserWarning, match=rf"last {extra} of {1000 + extra} updates .* left out"):
+        trimmed = law.predict(padded)
+    assert trimmed.shape == padded.shape
+    assert float(trimmed[-1]) == before
+    with pytest.warns(UserWarning, match="counted as annealing"):
+        untrimmed = float(law.predict(padded, trim_zero=False)[-1])
+    # After the last rate, m decays from what the fall to 0 has made of it.
+    m = LAM * reference.momentum(rates.tolist(), LAM)[-1] + float(rates[-1])
+    assert before - untrimmed == pytest.approx((law.C or 0.0) * m * (1 - LAM**extra) / (1 - LAM), rel=1e-9)
+
+
+def test_a_cosine_keeps_its_last_steps(law: AnnealingLaw) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("cosine", "linear", "wsd", "polynomial"):
+            for steps in (50, 777, 20000):
+                law.predict(schedule_rates(name, steps, PEAK))
+
+
+@pytest.mark.parametrize("bad", [[], [1e-4, -1e-4], [1e-4, math.nan], [0.0, 0.0], [[1e-4]]])
+def test_what_is_no_schedule_is_refused(bad: Any, law: AnnealingLaw) -> None:
+    with pytest.raises(ValueError, match="rates must be"):
+        law.predict(bad)
+
+
+def test_other_settings_warn(law: AnnealingLaw) -> None:
+    import dataclasses
+
+    traces = two_runs()
+    traces[0] = dataclasses.replace(traces[0], context={"batch_size": 8, "model": "a"})
+    traces[1] = dataclasses.replace(traces[1], context={"batch_size": 16, "model": "a"})
+    with pytest.warns(UserWarning, match=r"the runs differ in batch_size \(8, 16\)"):
+        mixed = AnnealingLaw.fit(traces, lam=LAM, resamples=0)
+    rates = schedule_rates("cosine", LENGTH, PEAK)
+    with pytest.warns(UserWarning, match=r"fitted with another model \(a, b\)"):
+        mixed.predict(rates, context={"model": "b", "batch_size": 8})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        law.predict(rates, context={"model": "b"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("lam", 0.8), ("delta", 0.0), ("fit_from", 0), ("resamples", -1)]
+)
+def test_bad_settings_of_a_fit(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{setting} must be"):
+        AnnealingLaw.fit(two_runs(), **{setting: value})
+
+
+def test_an_interval_needs_draws_and_a_level(law: AnnealingLaw) -> None:
+    rates = schedule_rates("cosine", LENGTH, PEAK)
+    with pytest.raises(ValueError, match="level must be in"):
+        law.forecast(rates, level=1.0)
+    with pytest.raises(ValueError, match="resamples must be above 0 in the fit"):
+        AnnealingLaw.fit(two_runs(), lam=LAM, resamples=0).forecast(rates)
+
+
+# Schedules ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "constant_with_warmup", "inverse_sqrt"])
+def test_rates_are_those_that_a_trainer_uses(name: str, tmp_path: Path) -> None:
+    trainer = build(tmp_path, lr_scheduler_type=name, warmup_steps=3, save_strategy="no")
+    trainer.train()
+    assert schedule_rates(name, STEPS, 1e-2, warmup_steps=3).tolist() == logged(trainer, "learning_rate")
+
+
+def test_wsd_is_constant_and_then_a_line() -> None:
+    rates = schedule_rates("wsd", 10, 2.0, warmup_steps=2).tolist()
+    assert rates == pytest.approx([0, 1, 2, 2, 2, 2, 2, 2, 2, 1])
+    half = schedule_rates("wsd", 10, 2.0, num_decay_steps=4, min_lr_ratio=0.5).tolist()
+    assert half == pytest.approx([2] * 6 + [2, 1.75, 1.5, 1.25])
+
+
+@pytest.mark.parametrize("name", ["greedy", "reduce_lr_on_plateau", "cosin"])
+def test_unknown_schedules_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"schedule '{name}' is unknown"):
+        schedule_rates(name, 10, 1.0)
+
+
+def test_rates_of_a_curve() -> None:
+    curve = InfiniteLRCurve(warmup_steps=2, cooldown_steps=4, anneal_start=6, anneal_steps=2)
+    assert curve_rates(curve, 9, 2.0).tolist() == [2.0 * curve(step) for step in range(9)]
+
+
+def test_a_trace_from_a_log() -> None:
+    log = [
+        {"step": 1, "loss": 3.0, "learning_rate": 1.0},
+        {"step": 3, "loss": 3.0, "learning_rate": 0.5},
+        {"step": 4, "eval_loss": 2.5},
+        {"step": 0, "eval_loss": 9.0},
+    ]
+    trace = LossTrace.from_log_history(log)
+    assert trace.rates.tolist() == [1.0, 0.75, 0.5, 0.5]
+    assert (trace.steps.tolist(), trace.losses.tolist()) == ([4], [2.5])
+    assert LossTrace.from_log_history(log, [4.0] * 5).rates.tolist() == [4.0] * 5
+    with pytest.raises(ValueError, match="metric must be a number of the log"):
+        LossTrace.from_log_history(log, metric="eval_other")
+    with pytest.raises(ValueError, match="log_history must be one with learning rates"):
+        LossTrace.from_log_history([{"step": 4, "eval_loss": 2.5}])
+
+
+# In a run -----------------------------------------------------------------------------------------
+
+
+def evaluated(folder: Path, callback: AnnealingLawCallback, **arguments: Any) -> Any:
+    """Return a run of sixty steps with an evaluation after each second one."""
+    settings = {
+        "max_steps": 60,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 30,
+        "learning_rate": 1e-3,
+    }
+    return build(folder, callback, **{**settings, **arguments})
+
+
+def test_a_run_is_recorded_and_forecast(tmp_path: Path) -> None:
+    callback = AnnealingLawCallback(lam=0.99, resamples=20)
+    trainer = evaluated(tmp_path, callback, lr_scheduler_type="cosine", warmup_steps=4)
+    trainer.train()
+    trace = recorded_trace(tmp_path)
+    assert trace.rates.tolist() == logged(trainer, "learning_rate")
+    assert trace.rates.tolist() == schedule_rates("cosine", 60, 1e-3, warmup_steps=4).tolist()
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert trace.steps.tolist() == [e["step"] for e in evaluations]
+    assert trace.losses.tolist() == [e["eval_loss"] for e in evaluations]
+    assert trace.warmup == 4
+    assert trace.context["batch_size"] == 2
+
+    law = AnnealingLaw.from_json(json.loads((tmp_path / "annealing_law.json").read_text()))
+    assert law == callback.law
+    assert law == AnnealingLaw.fit(trace, lam=0.99, resamples=20)
+    training = [e for e in trainer.state.log_history if "loss" in e]
+    first = next(e["step"] for e in training if "annealing_law/final_loss" in e)
+    assert 2 * 20 + 4 <= first <= 52  # twenty points after the warm-up and 2 %
+    last = training[-1]
+    assert last["annealing_law/final_loss_low"] < last["annealing_law/final_loss_high"]
+    x, y = areas(torch.cat([trace.rates[4:5].expand(4), trace.rates[4:]]), 0.99)
+    assert last["annealing_law/forward_area"] == pytest.approx(float(x[-1]), rel=1e-12)
+    assert last["annealing_law/annealing_area"] == pytest.approx(float(y[-1]), rel=1e-9)
+    # Of the run that was made: its own last loss is among the points that were fitted.
+    assert callback.forecast is not None
+    assert callback.forecast.loss == pytest.approx(trace.losses[-1].item(), rel=0.02)
+
+
+def test_the_forecast_is_of_the_schedule_to_come(tmp_path: Path) -> None:
+    seen: dict[int, list[float]] = {}
+    callback = AnnealingLawCallback(lam=0.99, resamples=1, fit_from=1)
+    coming = callback._coming
+    callback._coming = lambda left: seen.setdefault(60 - left, coming(left))  # type: ignore[method-assign]
+    schedule = InfiniteLRCallback(warmup_steps=4, cooldown_steps=8, anneal_start=40)
+    trainer = evaluated(tmp_path, callback)
+    hf_ext.attach(trainer, schedule)
+    trainer.train()
+    assert len(seen) >= 5
+    assert all(rates == pytest.approx(logged(trainer, "learning_rate")) for rates in seen.values())
+
+
+def test_the_forecast_changes_no_bit(tmp_path: Path) -> None:
+    plain = build(tmp_path / "plain", max_steps=60, learning_rate=1e-3, save_strategy="no")
+    plain.train()
+    with_it = evaluated(tmp_path / "with", AnnealingLawCallback(lam=0.99, resamples=5))
+    with_it.train()
+    assert equal(parameters(with_it), parameters(plain))
+
+
+def test_a_resumed_run_has_one_trace(tmp_path: Path) -> None:
+    whole, cut, resumed = (AnnealingLawCallback(lam=0.99, resamples=5) for _ in range(3))
+    evaluated(tmp_path / "whole", whole).train()
+    trainer = evaluated(tmp_path / "cut", cut)
+    trainer.add_callback(StopAt(41))
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    assert not (tmp_path / "cut" / "annealing_law.json").exists()
+    evaluated(tmp_path / "cut", resumed).train(resume_from_checkpoint=True)
+    for name in ("annealing_law.json", "annealing_law_trace.json", "annealing_law_trace.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    at_checkpoint = recorded_trace(tmp_path / "cut" / "checkpoint-30")
+    assert at_checkpoint.rates.tolist() == recorded_trace(tmp_path / "whole").rates[:30].tolist()
+    assert at_checkpoint.steps.tolist() == list(range(2, 31, 2))
+
+
+def test_first_added_on_resume_it_says_that_the_beginning_is_missing(tmp_path: Path) -> None:
+    build(tmp_path / "plain").train()
+    late = AnnealingLawCallback()
+    trainer = build(tmp_path / "late", late, eval_strategy="steps", eval_steps=1)
+    with pytest.warns(UserWarning, match="ended without a fit: first_step must be 1"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / f"checkpoint-{MIDDLE}"))
+    assert len(late.trace().rates) == STEPS - MIDDLE
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "text"),
+    [
+        ({}, {}, "no evaluation of this run reported 'eval_loss'"),
+        ({"metric": "eval_x"}, {"eval_strategy": "steps", "eval_steps": 2}, "reported 'eval_x'"),
+        ({}, {"eval_strategy": "steps", "eval_steps": 2}, "losses must be at least 20"),
+    ],
+)
+def test_a_run_without_a_fit_says_why(settings: Any, arguments: Any, text: str, tmp_path: Path) -> None:
+    (tmp_path / "annealing_law.json").write_text("{}")  # of an earlier run in the folder
+    with pytest.warns(UserWarning, match=text):
+        build(tmp_path, AnnealingLawCallback(**settings), **arguments).train()
+    assert not (tmp_path / "annealing_law.json").exists()
+    assert len(recorded_trace(tmp_path).rates) == STEPS
+
+
+def test_losses_that_are_none_do_not_end_a_run(tmp_path: Path) -> None:
+    callback = AnnealingLawCallback()
+    trainer = evaluated(tmp_path, callback)
+    trainer.compute_loss_func = lambda outputs, labels, **_: (
+        outputs.logits.mean() * (1.0 if trainer.model.training else math.nan)
+    )
+    with pytest.warns(UserWarning, match="losses must be finite"):
+        trainer.train()
+    assert math.isnan(recorded_trace(tmp_path).losses[-1])
+    _, tensors = load_state(tmp_path / "checkpoint-60", "hf_ext_annealing_law")
+    assert math.isnan(tensors["losses"][-1])
+
+
+def test_skipped_updates_are_not_recorded() -> None:
+    callback = AnnealingLawCallback()
+    group = [{"lr": torch.tensor(0.5)}]
+    optimizer = SimpleNamespace(param_groups=group, step_was_skipped=True)
+    for skipped in (True, False, True):
+        optimizer.step_was_skipped = skipped
+        callback.on_optimizer_step(None, None, None, optimizer=optimizer)  # type: ignore[arg-type]
+    assert callback.trace().rates.tolist() == [0.5]
+
+
+def test_preference_and_policy_losses_are_refused(tmp_path: Path) -> None:
+    import trl
+
+    for kind, refused in (("DPO", True), ("GRPO", True), ("SFT", False)):
+        arguments: TrainingArguments = getattr(trl, f"{kind}Config")(
+            str(tmp_path), report_to="none", use_cpu=True, bf16=False
+        )
+        run = Run(arguments, TrainerState(), TrainerControl(), tiny_model(), None, None)
+        if refused:
+            with pytest.raises(ValueError, match="no power law is known for a preference or policy loss"):
+                AnnealingLawCallback().begin(run)
+        else:
+            AnnealingLawCallback().begin(run)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_trace_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no trace of a run"):
+        recorded_trace(tmp_path)
+    save_state(tmp_path, "annealing_law_trace", {"first_step": 1}, {"rates": torch.ones(3)})
+    with pytest.raises(ValueError, match="does not hold a trace"):
+        recorded_trace(tmp_path)
+    (tmp_path / "annealing_law_trace.json").write_text('{"scalars"')
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        recorded_trace(tmp_path)

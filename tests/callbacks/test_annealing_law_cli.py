@@ -1,0 +1,174 @@
+"""`hf-ext schedule predict`: recorded runs in, ranked schedules out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_ext.callbacks import (
+    AnnealingLaw,
+    InfiniteLRCurve,
+    curve_rates,
+    recorded_trace,
+    schedule_rates,
+)
+from hf_ext.cli import main
+from hf_ext.core.state import save_state
+from tests.reference import annealing_law as reference
+
+PEAK, LENGTH, LAM = 1e-3, 1000, 0.99
+TRUE = {"L0": 2.0, "A": 0.5, "C": 20.0, "alpha": 0.5}
+
+
+def record(folder: Path, schedule: str, warmup: int = 10, **changes: Any) -> Path:
+    """Write the trace of a run that follows a law."""
+    folder.mkdir(exist_ok=True)
+    rates = schedule_rates(schedule, LENGTH, PEAK, warmup_steps=warmup)
+    filled = rates.clone()
+    filled[:warmup] = PEAK
+    s1, s2 = reference.areas(filled.tolist(), LAM)
+    steps = list(range(25, LENGTH + 1, 25))
+    losses = [reference.loss(s1[s - 1], s2[s - 1], **TRUE) for s in steps]
+    tensors = {"rates": rates, "steps": torch.tensor(steps), "losses": torch.tensor(losses).double()}
+    scalars = {"first_step": 1, "warmup_steps": None, "context": {"batch_size": 8}}
+    tensors.update({name: value for name, value in changes.items() if name in tensors})
+    scalars.update({name: value for name, value in changes.items() if name in scalars})
+    save_state(folder, "annealing_law_trace", scalars, tensors)
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return record(tmp_path / "cosine", "cosine")
+
+
+def predict(*arguments: object) -> int:
+    return main(["schedule", "predict", *map(str, arguments)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Return the one line with which a command is refused, and nothing is written."""
+    assert predict(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-ext: error: ")
+    assert error.count("\n") == 1
+    assert not list(Path(str(arguments[0])).glob("schedule_forecast*"))
+    return error
+
+
+def test_it_ranks_prints_and_writes(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(run_dir, "--lam", LAM, "--schedules", "cosine,wsd,linear,constant,infinite_lr") == 0
+    found = json.loads((run_dir / "schedule_forecast.json").read_text())
+    law = AnnealingLaw.fit(recorded_trace(run_dir), lam=LAM)
+    marks: Any = {"warmup_steps": 10, "cooldown_steps": 150, "anneal_start": 800, "anneal_steps": 199}
+    rates = {
+        name: schedule_rates(name, LENGTH, PEAK, warmup_steps=10)
+        for name in ("cosine", "wsd", "linear", "constant")
+    }
+    rates["infinite_lr"] = curve_rates(InfiniteLRCurve(**marks), LENGTH, PEAK)
+    expected = law.compare(rates)
+    assert [row["schedule"] for row in found["schedules"]] == list(expected)
+    for row in found["schedules"]:
+        assert (row["loss"], row["low"], row["high"]) == tuple(vars(expected[row["schedule"]]).values())
+    assert (found["steps"], found["learning_rate"], found["warmup_steps"]) == (LENGTH, PEAK, 10)
+    assert found["law"]["C"] == pytest.approx(TRUE["C"], rel=1e-3)
+    assert "draws" not in found["law"]
+    assert (run_dir / "schedule_forecast.png").read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    ranked = [line.split()[1] for line in lines if line[:1].isdigit()]
+    assert ranked == list(expected)
+    assert lines[0].split()[:3] == ["schedule", "final", "loss"]
+    assert sum(line.startswith("wrote ") for line in lines) == 2
+
+
+def test_several_runs_are_fitted_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constant = record(tmp_path / "constant", "constant")
+    assert "C is unknown" in refused(capsys, constant, "--schedules", "constant,linear")
+    assert predict(constant, record(tmp_path / "wsd", "wsd"), "--lam", LAM) == 0
+    found = json.loads((constant / "schedule_forecast.json").read_text())
+    assert found["law"]["points"] > 60
+    assert found["law"]["alpha"] == pytest.approx(TRUE["alpha"], rel=1e-3)
+    assert not (tmp_path / "wsd" / "schedule_forecast.json").exists()
+
+
+def test_options_reach_the_schedules(run_dir: Path) -> None:
+    options = ("--steps", 500, "--learning-rate", 5e-4, "--warmup-steps", 0, "--lam", LAM, "--level", 0.5)
+    schedules = "wsd:num_decay_steps=50:decay_type=cosine,infinite_lr:anneal_start=400:const_lr_ratio=0.5"
+    assert predict(run_dir, "--schedules", schedules, *options) == 0
+    found = json.loads((run_dir / "schedule_forecast.json").read_text())
+    rows = {row["schedule"].partition(":")[0]: row for row in found["schedules"]}
+    law = AnnealingLaw.fit(recorded_trace(run_dir), lam=LAM)
+    wsd = schedule_rates("warmup_stable_decay", 500, 5e-4, num_decay_steps=50, decay_type="cosine")
+    curve = InfiniteLRCurve(
+        warmup_steps=0, cooldown_steps=75, anneal_start=400, anneal_steps=99, const_lr_ratio=0.5
+    )
+    assert rows["wsd"]["loss"] == law.forecast(wsd, level=0.5).loss
+    assert rows["wsd"]["low"] == law.forecast(wsd, level=0.5).low
+    assert rows["infinite_lr"]["loss"] == law.forecast(curve_rates(curve, 500, 5e-4)).loss
+
+
+def test_the_decay_can_be_fitted(run_dir: Path) -> None:
+    assert predict(run_dir, "--fit-lambda") == 0
+    assert json.loads((run_dir / "schedule_forecast.json").read_text())["law"]["lam"] == LAM
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--schedules", "cosin"], "did you mean"),
+        (["--schedules", " , "], "schedules must be names with commas between"),
+        (["--schedules", "wsd:num_decay_steps"], "must be an option as key=value"),
+        (["--schedules", "wsd:no_such=1"], "no_such"),
+        (["--schedules", "infinite_lr:no_such=1"], "no_such"),
+        (["--schedules", "infinite_lr:anneal_start=3"], "infinite_lr:anneal_start=3: anneal_start must be"),
+        (["--learning-rate", "0.0012"], "constant: peak learning rate must be at most"),
+        (["--learning-rate", "0"], "peak must be above 0"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--warmup-steps", "1000"], "warmup_steps must be in [0, 1000)"),
+        (["--lam", "0.5"], "lam must be in"),
+        (["--level", "1"], "level must be in"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: list[str], text: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert text in refused(capsys, run_dir, *options)
+
+
+def test_a_higher_peak_can_be_allowed(run_dir: Path) -> None:
+    assert predict(run_dir, "--learning-rate", 0.0012, "--allow-peak-change") == 0
+
+
+def test_an_extrapolation_is_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(run_dir, "--steps", 20 * LENGTH, "--schedules", "constant") == 0
+    assert "times the fitted one: an extrapolation" in capsys.readouterr().out
+    notes = json.loads((run_dir / "schedule_forecast.json").read_text())["notes"]
+    assert len(notes) == 1
+
+
+def test_runs_without_what_a_law_needs_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "holds no trace of a run" in refused(capsys, tmp_path)
+    losses = recorded_trace(record(tmp_path / "few", "cosine")).losses
+    short = torch.arange(25, 476, 25)
+    few = record(tmp_path / "few", "cosine", steps=short, losses=losses[: len(short)])
+    assert "losses must be at least 20 after the warm-up" in refused(capsys, few)
+    losses[3] = math.nan
+    broken = record(tmp_path / "broken", "cosine", losses=losses)
+    assert "losses must be finite and above 0, got nan (after update 100)" in refused(capsys, broken)
+    late = record(tmp_path / "late", "cosine", first_step=6)
+    assert "first_step must be 1" in refused(capsys, late)
+
+
+def test_other_settings_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [record(tmp_path / f"{size}", "cosine", context={"batch_size": size}) for size in (8, 16)]
+    assert predict(*runs) == 0
+    assert "note: the law holds for one setting, but the runs differ in batch_size (8, 16)" in (
+        capsys.readouterr().out
+    )

@@ -1,0 +1,95 @@
+"""Evaluations of the average on two gloo processes under FSDP2, whose root keeps gathered weights after one.
+
+As a program: torchrun --nproc_per_node 2 -m tests.callbacks.test_continual_ema_sharded OUT
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.test_utils import get_torch_dist_unique_port
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_ext.callbacks import ContinualEMACallback
+from hf_ext.core.dist import full_tensor
+from tests.callbacks.runs import STEPS, build
+from tests.conftest import REPOSITORY
+from tests.distributed.callbacks_worker import _switch_fsdp_on
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("continual_ema_sharded")]
+
+FSDP2: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+def run(folder: Path, *, evaluates: bool, sharded: bool) -> dict[str, Tensor]:
+    """Train with or without evaluations, and return the parameters and the held-out losses."""
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2} if evaluates else {}
+    options |= FSDP2 if sharded else {}
+    batch = 2 if sharded else 4
+    trainer: Any = build(
+        folder,
+        ContinualEMACallback(fallback=0.2),
+        prepare=_switch_fsdp_on if sharded else lambda _: None,
+        per_device_train_batch_size=batch,
+        adam_epsilon=0.1,
+        learning_rate=0.1,
+        save_strategy="no",
+        **options,
+    )
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = {name: full_tensor(p.detach()).clone().contiguous() for name, p in model.named_parameters()}
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return found | {"losses": torch.tensor(losses).double()}
+
+
+def main() -> None:
+    """Run with and without evaluations on this process of two."""
+    out = Path(sys.argv[1])
+    for evaluates in (False, True):
+        found = run(out, evaluates=evaluates, sharded=True)
+        save_file(found, out / f"{evaluates}.rank{dist.get_rank()}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_evaluations_are_of_the_average_and_change_nothing(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--master_port", str(get_torch_dist_unique_port())),
+        *("-m", "tests.callbacks.test_continual_ema_sharded", str(tmp_path)),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = run(tmp_path, evaluates=True, sharded=False)
+    for rank in (0, 1):
+        without, with_them = (
+            load_file(tmp_path / f"{flag}.rank{rank}.safetensors") for flag in (False, True)
+        )
+        losses = with_them.pop("losses")
+        assert len(losses) == STEPS // 2
+        without.pop("losses")
+        assert all(torch.equal(value, without[name]) for name, value in with_them.items())
+        # The sums of gradients run in another order on two processes.
+        torch.testing.assert_close(losses, alone["losses"], rtol=1e-5, atol=0.0)
+
+
+if __name__ == "__main__":
+    main()
