@@ -90,17 +90,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--rate", action="append", metavar="ARM=RATE", help="measure this arm at this rate, without a choice"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    given = {arm: float(rate) for arm, _, rate in (text.rpartition("=") for text in options.rate or ())}
     torch.set_num_threads(1)
     steps = options.steps
     results: dict[str, Any] = {}
-    for arm in ARMS:
+    for arm in given or ARMS:
 
         def tuned(rate: float, arm: str = arm) -> float:
             return sum(run(arm, rate, TUNING_SEED, steps, "validation")["after 2"]) / 2
 
-        rate = best_rate(tuned, RATES, arm)
+        rate = given.get(arm) or best_rate(tuned, RATES, arm)
         runs = [run(arm, rate, seed, steps, "test") for seed in range(options.seeds)]
         results[arm] = {
             "learning_rate": rate,

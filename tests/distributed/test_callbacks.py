@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.distributed import callbacks_worker as worker
 
 # One xdist group: the two-process runs behind the module's fixture are then made once.
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_callbacks")]
+Runs = Callable[[str], Path]
 MODES = ("ddp", "fsdp2")
 CASES = [pytest.param(mode, case, id=f"{mode}-{case}") for mode in MODES for case in worker.cases(mode)]
 # Processes that train apart are no one process with a larger batch.
@@ -30,50 +33,50 @@ JOINED = [
 
 
 @pytest.fixture(scope="module")
-def mode(request: pytest.FixtureRequest) -> str:
-    return request.param
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that runs the worker on two ranks, once for a mode, and returns its folder."""
 
+    @cache
+    def run(mode: str) -> Path:
+        out = tmp_path_factory.mktemp(mode)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--master_port", str(get_torch_dist_unique_port())),
+            *("-m", "tests.distributed.callbacks_worker", mode, str(out)),
+        ]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=420, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return out
 
-@pytest.fixture(scope="module")
-def outputs(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the worker once for a mode, on two ranks."""
-    out = tmp_path_factory.mktemp(mode)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_port", str(get_torch_dist_unique_port())),
-        *("-m", "tests.distributed.callbacks_worker", mode, str(out)),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    return run
 
 
 def result(outputs: Path, case: str, run: str, rank: int = 0) -> dict[str, Tensor]:
     return load_file(outputs / f"{case}-{run}.rank{rank}.safetensors")
 
 
-@pytest.mark.parametrize(("mode", "case"), CASES, indirect=["mode"])
+@pytest.mark.parametrize(("mode", "case"), CASES)
 @pytest.mark.parametrize("run", ["whole", "resumed"])
-def test_ranks_agree_to_the_bit(case: str, run: str, outputs: Path) -> None:
-    first, second = (result(outputs, case, run, rank) for rank in (0, 1))
+def test_ranks_agree_to_the_bit(mode: str, case: str, run: str, outputs: Runs) -> None:
+    first, second = (result(outputs(mode), case, run, rank) for rank in (0, 1))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-@pytest.mark.parametrize(("mode", "case"), CASES, indirect=["mode"])
-def test_resumed_run_is_bit_equal(case: str, outputs: Path) -> None:
-    whole, resumed = result(outputs, case, "whole"), result(outputs, case, "resumed")
+@pytest.mark.parametrize(("mode", "case"), CASES)
+def test_resumed_run_is_bit_equal(mode: str, case: str, outputs: Runs) -> None:
+    whole, resumed = (result(outputs(mode), case, run) for run in ("whole", "resumed"))
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
-@pytest.mark.parametrize(("mode", "case"), JOINED, indirect=["mode"])
-def test_two_processes_equal_one(case: str, mode: str, outputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "case"), JOINED)
+def test_two_processes_equal_one(mode: str, case: str, outputs: Runs, tmp_path: Path) -> None:
     # What is measured between gradients sees those of each process with DDP, and their mean with FSDP2.
     alone = worker.run(tmp_path, worker.cases()[case], "accumulated" if mode == "ddp" else "one")
-    both = result(outputs, case, "whole")
+    both = result(outputs(mode), case, "whole")
     assert alone.keys() == both.keys()
     for key, expected in alone.items():
         # Decisions are numbers of any size: norms of gradients are sums of thousands.
