@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -345,11 +346,9 @@ def _by_side(group: _Group, names: Sequence[str], values: Tensor, last: int) -> 
 def _header(
     settings: Mapping[str, Any], modules: Sequence[_Module], tasks: Sequence[_Task]
 ) -> dict[str, Any]:
-    import hf_ext
-
     return {
         "format": _FORMAT,
-        "hf_ext_version": hf_ext.__version__,
+        "hf_ext_version": version("hf-ext"),
         **settings,
         "names": [task.name for task in tasks],
         "adapters": {task.name: task.described() for task in tasks},

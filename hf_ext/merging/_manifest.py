@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, cast
 
 import yaml
@@ -31,7 +31,7 @@ def manifest(
     """
     return {
         "schema": SCHEMA,
-        "hf_ext_version": importlib.import_module("hf_ext").__version__,
+        "hf_ext_version": version("hf-ext"),
         "merge_method": plan.method.info.name,
         "paper": plan.method.info.paper,
         "space": plan.space,

@@ -167,6 +167,8 @@ def test_a_folder_that_is_no_merge_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="out must be an earlier merge"):
         merge(config(models), tmp_path / "precious", progress=False, overwrite=True)
+    for folder in (models[1], tmp_path):
+        (Path(folder) / "merge_manifest.json").write_text("{}")  # as an earlier merge has
     with pytest.raises(ValueError, match="out must be a folder apart from the models'"):
         merge(config(models), models[1], progress=False, overwrite=True)
     with pytest.raises(ValueError, match="out must be a folder apart from the models'"):
