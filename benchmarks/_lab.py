@@ -103,6 +103,20 @@ def embedded_model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
 
+def with_weights(state: Mapping[str, torch.Tensor]) -> Any:
+    """Return the embedded model with other weights; a file holds its tied head once.
+
+    Raises:
+        ValueError: A tensor is missing, or one too many.
+    """
+    model = embedded_model()
+    differing = {*model.state_dict(), "lm_head.weight"} ^ {*state, "lm_head.weight"}
+    if differing:
+        raise ValueError(f"weights must be those of the embedded model, which differ in {sorted(differing)}")
+    model.load_state_dict({"lm_head.weight": state["model.embed_tokens.weight"], **state})
+    return model
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a run came to.

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _lab import MODEL, Corpus, blocks, embedded_model, fit, functions, loss_of, prose, tokenizer
+from _lab import (
+    Corpus,
+    blocks,
+    embedded_model,
+    fit,
+    functions,
+    loss_of,
+    prose,
+    tokenizer,
+    with_weights,
+)
 from transformers import AutoModelForCausalLM
 
 from hf_ext.core.files import atomic_folder
@@ -99,10 +109,4 @@ def losses(model: Any, split: str = "test") -> dict[str, float]:
 
 def losses_of_state(state: Mapping[str, torch.Tensor], split: str = "test") -> dict[str, float]:
     """Return the losses of the embedded architecture with other weights."""
-    model = embedded_model()
-    model.load_state_dict(dict(state), strict=False)
-    model.tie_weights()
-    return losses(model, split)
-
-
-BASE = MODEL
+    return losses(with_weights(state), split)

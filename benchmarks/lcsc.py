@@ -29,6 +29,7 @@ from _lab import (
     save_json,
     save_plot,
     table,
+    with_weights,
 )
 from safetensors.torch import load_file
 
@@ -53,10 +54,7 @@ ARMS = {
 
 def measure(folder: Path) -> float:
     """Return the test loss of a merged model."""
-    model = embedded_model()
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    model.tie_weights()
-    return loss_of(model, functions().test)
+    return loss_of(with_weights(load_file(folder / "model.safetensors")), functions().test)
 
 
 def train(rate: float, seed: int, folder: Path | None = None) -> float:

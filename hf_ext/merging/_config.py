@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from ..core.checks import check, check_choice, check_fields, suggest
 from ..core.registry import get
+from ..core.yaml_files import read_mapping
 from ._base import SPACES, MergeMethod
 from ._layout import parse_size
 from ._reductions import CHUNK
@@ -205,28 +204,10 @@ def read_config(path: str | Path, *, threads: int | None = None) -> MergeConfig:
         TypeError: A value does not have its key's type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such merge file")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is not a valid merge file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got {type(content).__name__}")
+    content = read_mapping(path, "merge file")
     return MergeConfig.from_mapping(
         {**content, **({"threads": threads} if threads is not None else {})}, str(path)
     )
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which by itself lets the second of two equal keys win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise ValueError(f"{key!r} stands twice (line {node.value[index][0].start_mark.line + 1})")
-        return super().construct_mapping(node, deep)
 
 
 def _parent(item: Any, index: int) -> ParentConfig:

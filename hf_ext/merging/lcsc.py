@@ -424,7 +424,7 @@ class _Log:
     ) -> Iterator[float]:
         """Yield the scores of candidates, those of an earlier process from the file."""
         known = self._rows[self._used : self._used + len(candidates)]
-        for (coefficients, score), candidate in zip(known, candidates, strict=False):
+        for (coefficients, score), candidate in zip(known, candidates[: len(known)], strict=True):
             check(coefficients == list(candidate), "state", str(self._path), "of this version's search")
             self._used += 1
             advance()

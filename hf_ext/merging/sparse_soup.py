@@ -82,7 +82,7 @@ class SparseSoup(MergeMethod):
         if total is None or total[:-1] == [total[-1]] * (len(total) - 1):
             return None
         labels = [tensor.labels[index] for index in self._counted(tensor)]
-        counts = ", ".join(f"{label} {count}" for label, count in zip(labels, total, strict=False))
+        counts = ", ".join(f"{label} {count}" for label, count in zip(labels, total[:-1], strict=True))
         raise ValueError(
             f"{tensor.name}: the models do not have the same zeros, so that their mean would lose some: "
             f"{counts}, all together {total[-1]}, of {tensor.numel}. Retrain the copies with one mask, or "

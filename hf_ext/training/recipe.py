@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..core.checks import check, check_choice, check_fields, suggest
+from ..core.yaml_files import read_mapping
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
@@ -208,7 +209,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     hints, choices = known_fields()
     values: dict[str, Any] = {}
     for source, given in (
-        (where, _read_mapping(Path(path))),
+        (where, read_mapping(Path(path), "recipe")),
         (COMMAND_LINE, parse_overrides(overrides, hints)),
     ):
         _refuse_without_effect(given, source)
@@ -224,29 +225,6 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     except (ValueError, TypeError) as error:
         raise type(error)(f"{where}: {error}") from error
     return Job(where, recipe, {name: value for name, value in values.items() if name not in own})
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which by itself lets the second of two equal keys win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise ValueError(f"{key!r} stands twice (line {node.value[index][0].start_mark.line + 1})")
-        return super().construct_mapping(node, deep)
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such recipe")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is not a valid recipe: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got {type(content).__name__}")
-    return content
 
 
 def _refuse_without_effect(given: Mapping[str, Any], where: str) -> None:
