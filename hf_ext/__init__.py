@@ -17,7 +17,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("adapters", "assets", "callbacks", "core", "data", "hub", "merging", "training")
+_SUBPACKAGES = ("adapters", "assets", "callbacks", "core", "data", "hub", "merging", "trainers", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,12 +9,14 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+import trl
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from torch import nn
 
 from hf_ext._compat import peft as compat
+from hf_ext._compat import trl as trl_compat
 
 FOLDER = Path(compat.__file__).parent
 
@@ -167,3 +169,18 @@ def test_a_snapshot_brings_back_the_layer_that_a_backend_replaced() -> None:
     assert base.weight is weight
     assert base.weight.equal(values)
     assert weight.quant_state == "original"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "method", "parameters"),
+    [
+        (trainer, method, parameters)
+        for trainer, methods in trl_compat.SIGNATURES.items()
+        for method, parameters in methods.items()
+    ],
+)
+def test_private_methods_of_trl_take_what_we_pass(
+    trainer: str, method: str, parameters: tuple[str, ...]
+) -> None:
+    found = tuple(inspect.signature(getattr(getattr(trl, trainer), method)).parameters)[1:]
+    assert found == parameters, f"trl {trl.__version__}: {trainer}.{method} takes {found}"

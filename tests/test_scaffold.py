@@ -40,7 +40,7 @@ def files(tree: Path) -> dict[str, bytes]:
     return {str(p.relative_to(tree)): p.read_bytes() for p in tree.rglob("*") if p.suffix in {".py", ".md"}}
 
 
-@pytest.mark.parametrize("kind", ["adapter", "callback", "merge"])
+@pytest.mark.parametrize("kind", ["adapter", "callback", "merge", "trainer"])
 def test_a_scaffolded_method_is_clean_registered_and_passes_tests(tree: Path, kind: str) -> None:
     folder, exported, whole = KINDS[kind]
     new = [f"hf_ext/{folder}/gated_toy.py", f"tests/{folder}/test_gated_toy.py", "docs/methods/gated_toy.md"]
@@ -72,7 +72,7 @@ def test_a_scaffolded_method_is_clean_registered_and_passes_tests(tree: Path, ki
     suites = [new[1], f"tests/contracts/test_{kind}s.py", "-p", "no:cacheprovider"]
     tests = run(tree, "-m", "pytest", "-q", "-x", "-k", f"gated_toy and ({whole})", *suites)
     assert tests.returncode == 0, tests.stdout[-4000:]
-    assert int(re.findall(r"(\d+) passed", tests.stdout)[0]) >= (9 if kind == "merge" else 12)
+    assert int(re.findall(r"(\d+) passed", tests.stdout)[0]) >= (9 if kind in {"merge", "trainer"} else 12)
 
 
 # Folder, a name that is exported, and the tests of the contract suite that are run.
@@ -96,6 +96,12 @@ KINDS = {
         "test_gated_toy or bad_settings or unknown_setting or json or bits or order or zero or refused or "
         "loads",
     ),
+    "trainer": (
+        "trainers",
+        "GatedToyConfig",
+        "test_gated_toy or bad_settings or restates or neutral or padding or logged or missing or "
+        "empty_text or card",
+    ),
 }
 
 
@@ -112,7 +118,7 @@ KINDS = {
         (("adapter", "sorsa"), "one that no method has, got 'sorsa'.*taken by the adapter"),
         (("adapter", "lora"), "one that PEFT has no type of, got 'lora'"),
         (("adapter", "export"), r"hf_ext/adapters/export\.py exists"),
-        (("trainer", "foo"), r"kind 'trainer' has no base module yet: write hf_ext/trainers/_base\.py"),
+        (("optimizer", "foo"), r"kind 'optimizer' has no base module yet: write hf_ext/optimizers/_base\.py"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

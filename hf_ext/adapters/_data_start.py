@@ -81,6 +81,19 @@ def _look_again(layer: Any, _: object) -> None:
         layer.awaits(name)
 
 
+def awaits_data(model: nn.Module) -> list[str]:
+    """Return the names of a model's adapters that wait for `initialize_from_data`, sorted."""
+    return sorted(
+        {
+            name
+            for layer in model.modules()
+            if isinstance(layer, StartsFromData)
+            for name in tuple(layer.awaiting)
+            if layer.awaits(name)
+        }
+    )
+
+
 @runtime_checkable
 class _HasLoss(Protocol):
     loss: Tensor | None

@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..core.checks import check, refuse_unknown
-from ._data_start import LossFunction, StartData, StartsFromData, batches_of
+from ._data_start import LossFunction, StartData, StartsFromData, awaits_data, batches_of
 
 __all__ = ["awaits_data", "initialize_from_data"]
 
@@ -85,19 +85,6 @@ def initialize_from_data(
     for layer in layers.values():
         layer.awaiting.discard(adapter_name)
     return model
-
-
-def awaits_data(model: nn.Module) -> list[str]:
-    """Return the names of a model's adapters that wait for `initialize_from_data`, sorted."""
-    return sorted(
-        {
-            name
-            for layer in model.modules()
-            if isinstance(layer, StartsFromData)
-            for name in tuple(layer.awaiting)
-            if layer.awaits(name)
-        }
-    )
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:

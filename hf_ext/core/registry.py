@@ -23,6 +23,10 @@ def _no_settings() -> Mapping[str, object]:
     return MappingProxyType({})
 
 
+def _no_inputs() -> Mapping[str, bool]:
+    return MappingProxyType({})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A form of a method that differs enough to be put through the contract suite by itself.
@@ -73,6 +77,26 @@ class MethodInfo:
             settings = {**self.test_kwargs, **variant.test_kwargs}
             row = replace(self, test_kwargs=settings, supports=self.supports - variant.lacks, variants=())
             yield f"{self.name}-{variant.name}", row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a trainer is given beside model and settings; recipes and the contract suite read it.
+
+    Args:
+        columns: Forms of the training data, each a tuple of column names; the first is the usual one.
+        models: Whether each constructor argument that takes a frozen model is required.
+        datasets: Whether each constructor argument that takes a second data set (of the same form unless the
+            trainer says otherwise) is required.
+        reward: Whether `reward_funcs`, functions with the signature of GRPO's, is an argument.
+        test_columns: Forms of held-out data, where they differ from those of the training data.
+    """
+
+    columns: tuple[tuple[str, ...], ...]
+    models: Mapping[str, bool] = field(default_factory=_no_inputs)
+    datasets: Mapping[str, bool] = field(default_factory=_no_inputs)
+    reward: bool = False
+    test_columns: tuple[tuple[str, ...], ...] | None = None
 
 
 _METHODS: dict[tuple[str, str], MethodInfo] = {}

@@ -10,6 +10,9 @@ import torch
 
 from .files import read_json, read_tensors, write_json, write_tensors
 
+# Where a run in rounds notes how far it is.
+ROUNDS_FILE = "rounds.json"
+
 
 def save_state(
     folder: str | Path,

@@ -1,4 +1,4 @@
-"""Data that needs no network: the source text and the docstrings of Python's own standard library."""
+"""Data that needs no network: the standard library's text, and small tasks whose answers can be checked."""
 
 from hf_ext.data.stdlib import (
     COMPLETION_END,
@@ -15,19 +15,37 @@ from hf_ext.data.stdlib import (
     split_of,
     stdlib_modules,
 )
+from hf_ext.data.tasks import (
+    EMBEDDED,
+    TASKS,
+    Problem,
+    Task,
+    load_preferences,
+    load_prompts,
+    reward_function,
+    win_rate,
+)
 
 __all__ = [
     "COMPLETION_END",
+    "EMBEDDED",
     "PROMPT_END",
     "SPLITS",
+    "TASKS",
     "TASK_END",
     "TASK_FORM",
     "CorpusFile",
     "DocstringPair",
+    "Problem",
+    "Task",
     "corpus_text",
     "docstring_pairs",
     "is_held_out",
     "load_docstrings",
+    "load_preferences",
+    "load_prompts",
+    "reward_function",
     "split_of",
     "stdlib_modules",
+    "win_rate",
 ]

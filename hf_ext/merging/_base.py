@@ -91,7 +91,8 @@ class Block:
         start: First element, in row-major order.
         stop: The element after the last one.
         operands: One fp32 tensor for each operand: flat, or of the tensor's shape for "matrix". `scan` must
-            leave them as they are; `map` may overwrite them and return one.
+            leave them as they are; `map` may overwrite them and return one. With `one_by_one` each is read
+            when it is asked for, over the one before it.
         base: The base's values in the same form, not to be changed; None where there is no base.
         states: What `settle` has returned for each scan so far.
         seed: The merge's seed.
@@ -169,6 +170,8 @@ class MergeMethod:
 
     info: ClassVar[MethodInfo]
     granularity: ClassVar[str] = "elementwise"
+    # Whether a block holds one operand at a time, for methods that take them in turn.
+    one_by_one: ClassVar[bool] = False
     operands: ClassVar[str] = "weights"
     needs_base: ClassVar[bool] = False
     # Whether a base that stands among the parents is one of them, rather than dropped from them.

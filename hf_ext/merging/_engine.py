@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -188,19 +188,27 @@ class Engine:
 
     # Blocks ---------------------------------------------------------------------------------------
 
-    def _load(self, task: Task, start: int, stop: int, states: Sequence[Any]) -> Block:
+    def _load(
+        self, task: Task, start: int, stop: int, states: Sequence[Any], *, all_at_once: bool = False
+    ) -> Block:
         count, take = stop - start, self.workspace.take
+        one_by_one = self.method.one_by_one and not all_at_once
         base: Tensor | None = None
         if task.base is not None:
             base = take("base", count)
             task.base.read(start, stop, base, self.workspace)
-        operands: list[Tensor] = []
-        for number, operand in enumerate(task.operands):
-            values = take(f"operand {number}", count)
-            operand.read(start, stop, values, self.workspace)
-            operands.append(values.sub_(base) if task.subtract and base is not None else values)
+        flat = base
+
+        def read(number: int) -> Tensor:
+            values = take(f"operand {0 if one_by_one else number}", count)
+            task.operands[number].read(start, stop, values, self.workspace)
+            values = values.sub_(flat) if task.subtract and flat is not None else values
+            return values.view(task.info.shape) if self.method.granularity == "matrix" else values
+
+        # A sequence, which methods that take their operands in turn use as they would a list.
+        in_turn = cast(list[Tensor], _OneByOne(read, len(task.operands)))
+        operands = in_turn if one_by_one else list(in_turn)
         if self.method.granularity == "matrix":
-            operands = [values.view(task.info.shape) for values in operands]
             base = None if base is None else base.view(task.info.shape)
         block = Block(task.info, start, stop, operands, base, states, self.seed, self.store.scratch)
         block.workspace = self.workspace
@@ -260,7 +268,8 @@ class Engine:
             self.store.write(slot, start * dtype.itemsize, rounded.view(torch.uint8).numpy().data)
 
     def _culprits(self, task: Task, block: Block) -> str:
-        again = self._load(task, block.start, block.stop, [])  # what was read may have been overwritten
+        # What was read may have been overwritten.
+        again = self._load(task, block.start, block.stop, [], all_at_once=True)
         parts = [(o.label, values) for o, values in zip(task.operands, again.operands, strict=True)]
         if again.base is not None and task.base is not None:
             parts.insert(0, (task.base.label, again.base))
@@ -293,6 +302,21 @@ class Engine:
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+class _OneByOne(Sequence[Tensor]):
+    """Operands that are read when they are asked for."""
+
+    def __init__(self, read: Callable[[int], Tensor], length: int) -> None:
+        self.read, self.length = read, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self.length:
+            raise IndexError(number)
+        return self.read(number)
 
 
 def available_threads() -> int:

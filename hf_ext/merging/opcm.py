@@ -68,6 +68,7 @@ class Opcm(MergeMethod):
     """
 
     granularity = "matrix"
+    one_by_one = True
     operands = "task_vectors"
     needs_base = True
     base_is_parent = False

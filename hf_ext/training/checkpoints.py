@@ -9,23 +9,28 @@ from pathlib import Path
 
 from ..core.checks import check
 from ..core.files import read_json, tensor_header
+from ..core.state import ROUNDS_FILE
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _INDEX = "model.safetensors.index.json"
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first."""
+def checkpoints(output_dir: str | Path, *, in_rounds: bool = False) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first; of one in rounds, the rounds' folders."""
+    if in_rounds:
+        return sorted(path for path in Path(output_dir).glob("round_*") if path.is_dir())
     found = [
         (_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()
     ]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def delete_checkpoints(output_dir: str | Path) -> None:
+def delete_checkpoints(output_dir: str | Path, *, in_rounds: bool = False) -> None:
     """Delete the checkpoint folders of an earlier run."""
-    for path in checkpoints(output_dir):
+    if in_rounds:
+        (Path(output_dir) / ROUNDS_FILE).unlink(missing_ok=True)
+    for path in checkpoints(output_dir, in_rounds=in_rounds):
         shutil.rmtree(path)
 
 

@@ -34,8 +34,7 @@ from .sources import load_data, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-    from trl.trainer.sft_config import SFTConfig
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 RUNS = "runs.json"
 
@@ -56,7 +55,7 @@ class Comparison:
     """
 
     job: Job
-    args: SFTConfig
+    args: TrainingArguments
     settings: CompareSettings
     methods: list[Method]
     tokenizer: PreTrainedTokenizerBase

@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from trl.trainer.sft_trainer import SFTTrainer
 
 from ..core.checks import check
 from ..core.files import read_json, write_json
@@ -34,14 +35,13 @@ from .comparison_settings import Method
 from .plot import loss_points
 from .preflight import build_adapter
 from .recipe import Job, one_line
-from .run import RecipeTrainer, start_from_data, trained_columns, versions
+from .run import recipe_trainer, start_from_data, trained_columns, versions
 from .sources import load_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
-    from trl.trainer.sft_config import SFTConfig
 
 Record = dict[str, Any]
 _FORMAT = 1
@@ -151,7 +151,10 @@ class DivergedError(ArithmeticError):
     """A loss that is not finite: the same run would give it again."""
 
 
-class WatchedTrainer(RecipeTrainer):
+_Trainer: Any = recipe_trainer(SFTTrainer)
+
+
+class WatchedTrainer(_Trainer):
     """The trainer of `hf-ext train`, which digests the rows it is given and stops at a loss that is none."""
 
     batches: Any = None
@@ -223,7 +226,7 @@ class Bench:
     def __init__(
         self,
         job: Job,
-        args: SFTConfig,
+        args: TrainingArguments,
         tokenizer: PreTrainedTokenizerBase,
         train: Dataset,
         held_out: Mapping[str, Dataset],
@@ -246,11 +249,11 @@ class Bench:
         self, train: Dataset, held_out: Mapping[str, Dataset]
     ) -> tuple[Dataset, dict[str, Dataset]]:
         args = self._arguments({})
-        trainer = RecipeTrainer(
+        trainer = _Trainer(
             model=copy.deepcopy(self.base),  # type: ignore[arg-type]
             args=args,
-            train_dataset=trained_columns(train, args),
-            eval_dataset={name: trained_columns(rows, args) for name, rows in held_out.items()},
+            train_dataset=trained_columns(train, self.job),
+            eval_dataset={name: trained_columns(rows, self.job) for name, rows in held_out.items()},
             processing_class=self.tokenizer,
         )
         prepared = {"train": cast("Dataset", trainer.train_dataset)}
@@ -260,7 +263,7 @@ class Bench:
             check(len(rows) > 0, f"{self.job.where}: rows to {name}", len(rows), rule)
         return prepared["train"], {name: _by_length(prepared[name]) for name in held_out}
 
-    def _arguments(self, own: Mapping[str, Any]) -> SFTConfig:
+    def _arguments(self, own: Mapping[str, Any]) -> TrainingArguments:
         quiet = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
         quiet |= {"disable_tqdm": True, "load_best_model_at_end": False, "model_init_kwargs": None}
         return replace(self.job, settings={**self.job.settings, **quiet, **own}).training_arguments()

@@ -146,6 +146,7 @@ def read_settings(job: Job) -> CompareSettings:
 
 def _check_splits(job: Job, settings: CompareSettings) -> None:
     recipe, split = job.recipe, settings.tune_split
+    check(recipe.trainer == "sft", "trainer", recipe.trainer, "'sft' in a comparison of adapters")
     check(not recipe.callbacks, "callbacks", recipe.callbacks, "left out of a comparison of adapters")
     check(
         recipe.has_eval,

@@ -58,9 +58,18 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     return out
 
 
-def probe_of(rows: Any, device: torch.device) -> Tensor:
-    """Return the first tokens of the first tokenized row, (1, T)."""
-    return torch.tensor([rows[0]["input_ids"][:_PROBE_TOKENS]], device=device)
+def probe_of(rows: Any, tokenizer: Any, device: torch.device) -> Tensor:
+    """Return the first tokens of the first row, (1, T)."""
+    row = rows[0]
+    if "input_ids" in row:
+        ids = row["input_ids"]
+    elif "prompt_ids" in row:
+        ids = [*row["prompt_ids"], *row.get("chosen_ids", [])]
+    elif isinstance(row["prompt"], str):
+        ids = tokenizer(row["prompt"])["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(row["prompt"], tokenize=True, return_dict=True)["input_ids"]
+    return torch.tensor([ids[:_PROBE_TOKENS]], device=device)
 
 
 @contextmanager

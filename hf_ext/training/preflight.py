@@ -8,10 +8,10 @@ import os
 import shutil
 import tempfile
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,15 +20,23 @@ from .. import adapters  # noqa: F401 (registers; PEFT, imported first, would do
 from .._compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from ..core import registry
 from ..core.checks import check, check_fields, refuse_unknown, suggest
+from ..core.state import ROUNDS_FILE
 from .callbacks import build_callbacks
 from .checkpoints import checkpoints, find_checkpoint
 from .recipe import EXPECTED_PROCESSES, Job, one_line
-from .sources import load_config, load_data, load_tokenizer, model_options
+from .sources import (
+    load_config,
+    load_data,
+    load_other_datasets,
+    load_tokenizer,
+    model_options,
+    model_path,
+)
+from .trainers import check_inputs, reward_functions
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-    from trl.trainer.sft_config import SFTConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
     from ..callbacks._base import Callback
 
@@ -49,6 +57,8 @@ class Prepared:
         parameters: Numbers in the model, without the adapter.
         trainable: Numbers that will be trained.
         callbacks: Those that the recipe names.
+        others: Further data sets, by the trainer's argument.
+        rewards: Reward functions.
     """
 
     adapter: PeftConfig | None
@@ -60,9 +70,11 @@ class Prepared:
     parameters: int
     trainable: int
     callbacks: list[Callback]
+    others: dict[str, Dataset]
+    rewards: list[Callable[..., Any]]
 
 
-def prepare(job: Job, args: SFTConfig) -> Prepared:
+def prepare(job: Job, args: TrainingArguments) -> Prepared:
     """Check a recipe against the model's structure, the data, the disk and the processes.
 
     No weights are read: the model is built from its configuration on the meta device.
@@ -73,7 +85,8 @@ def prepare(job: Job, args: SFTConfig) -> Prepared:
     """
     check_surroundings(job, args)
     _check_compare(job)
-    checkpoint, skipped = find_checkpoint(job.output_dir, job.recipe.resume_from_checkpoint, args.world_size)
+    check_inputs(job)
+    checkpoint, skipped = _checkpoint(job, args)
     _check_fresh(job, checkpoint)
     _check_push(job)
     adapter = build_adapter(job)
@@ -84,15 +97,48 @@ def prepare(job: Job, args: SFTConfig) -> Prepared:
     trainable = check_targets(job, model, adapter)
     tokenizer = load_tokenizer(job)
     train, test = load_data(job)
+    others, rewards = load_other_datasets(job), reward_functions(job)
+    for role, name in job.recipe.other_models.items():
+        model_path(job, name, f"other_models.{role}")
     _check_strategies(job, args)
     _check_disk(job, args, parameters, trainable)
-    return Prepared(adapter, tokenizer, train, test, checkpoint, skipped, parameters, trainable, callbacks)
+    return Prepared(
+        adapter,
+        tokenizer,
+        train,
+        test,
+        checkpoint,
+        skipped,
+        parameters,
+        trainable,
+        callbacks,
+        others,
+        rewards,
+    )
+
+
+def _checkpoint(job: Job, args: TrainingArguments) -> tuple[Path | None, list[str]]:
+    wanted = job.recipe.resume_from_checkpoint
+    if not job.kind.in_rounds:
+        return find_checkpoint(job.output_dir, wanted, args.world_size)
+    # Rounds know themselves where they were cut short, and by which of their folders to go on.
+    run = Path(job.output_dir)
+    if not wanted:
+        return None, []
+    named = run if wanted is True else Path(wanted)
+    check(
+        named.resolve() == run.resolve() and (run / ROUNDS_FILE).is_file(),
+        f"{job.where}: resume_from_checkpoint",
+        wanted,
+        f"true, where output_dir holds a run in rounds ({ROUNDS_FILE})",
+    )
+    return run, []
 
 
 # Processes and places ---------------------------------------------------------------------------------------
 
 
-def check_surroundings(job: Job, args: SFTConfig) -> None:
+def check_surroundings(job: Job, args: TrainingArguments) -> None:
     """Check the number of processes, and that the output folder can be written.
 
     Raises:
@@ -103,7 +149,7 @@ def check_surroundings(job: Job, args: SFTConfig) -> None:
     _check_writable(job.output_dir)
 
 
-def _check_processes(job: Job, args: SFTConfig) -> None:
+def _check_processes(job: Job, args: TrainingArguments) -> None:
     wanted = {
         "--num_processes": os.environ.get(EXPECTED_PROCESSES),
         "expected_processes": job.recipe.expected_processes,
@@ -131,7 +177,7 @@ def _check_writable(folder: str) -> None:
 
 def _check_fresh(job: Job, checkpoint: Path | None) -> None:
     # Old checkpoints beside new ones: the trainer would rotate, and a later resume pick, the wrong ones.
-    found = checkpoints(job.output_dir)
+    found = checkpoints(job.output_dir, in_rounds=job.kind.in_rounds)
     if checkpoint is None and found and not job.recipe.overwrite_output_dir:
         raise ValueError(
             f"{job.where}: output_dir {job.output_dir} already holds {found[-1].name}; continue with "
@@ -162,7 +208,7 @@ def _check_push(job: Job) -> None:
     )
 
 
-def _check_strategies(job: Job, args: SFTConfig) -> None:
+def _check_strategies(job: Job, args: TrainingArguments) -> None:
     chosen = str(getattr(args.eval_strategy, "value", args.eval_strategy))
     check(
         chosen == "no" or job.recipe.has_eval,
@@ -172,7 +218,7 @@ def _check_strategies(job: Job, args: SFTConfig) -> None:
     )
 
 
-def _check_disk(job: Job, args: SFTConfig, parameters: int, trainable: int) -> None:
+def _check_disk(job: Job, args: TrainingArguments, parameters: int, trainable: int) -> None:
     place = Path(job.output_dir).absolute()
     while not place.exists():
         place = place.parent
@@ -261,19 +307,16 @@ def _check_outputs(job: Job, adapter: PeftConfig | None) -> None:
 # Model ------------------------------------------------------------------------------------------------------
 
 
-def _check_length(job: Job, args: SFTConfig, config: PretrainedConfig) -> None:
+def _check_length(job: Job, args: TrainingArguments, config: PretrainedConfig) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and args.max_length is not None:
-        fits = args.max_length <= limit
-        check(
-            fits,
-            f"{job.where}: max_length",
-            args.max_length,
-            f"at most {limit}, the model's max_position_embeddings",
-        )
+    for name in ("max_length", "max_completion_length"):
+        length = getattr(args, name, None)
+        if isinstance(limit, int) and length is not None:
+            rule = f"at most {limit}, the model's max_position_embeddings"
+            check(length <= limit, f"{job.where}: {name}", length, rule)
 
 
-def skeleton(job: Job, args: SFTConfig) -> nn.Module:
+def skeleton(job: Job, args: TrainingArguments) -> nn.Module:
     """Return the model without its weights, on the meta device.
 
     Raises:

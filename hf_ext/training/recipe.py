@@ -1,4 +1,4 @@
-"""Recipes: one YAML file of flat keys, those of TRL's `SFTConfig` and ours, all checked.
+"""Recipes: one YAML file of flat keys, those of the trainer's config and ours, all checked.
 
 TRL's parser hands YAML values to its dataclasses as they come, so that a list passes for a number and `1e-3`
 stays text. Here a file and the command line go through the same checks before a dataclass sees a value.
@@ -19,9 +19,10 @@ import yaml
 
 from ..core.checks import check, check_choice, check_fields, suggest
 from ..core.yaml_files import read_mapping
+from . import trainers
 
 if TYPE_CHECKING:
-    from trl.trainer.sft_config import SFTConfig
+    from transformers import TrainingArguments
 
 EXPECTED_PROCESSES = "HF_EXT_EXPECTED_PROCESSES"  # set by our launcher, read by every process it starts
 COMMAND_LINE = "command line"
@@ -33,6 +34,12 @@ _REFUSED = {
     "eval_on_start": "evaluation before and after is always done where there is a test split; leave it out",
     "local_rank": "the launcher sets it; leave it out",
 }
+
+
+_ROLES = (
+    *("prompt", "completion", "messages", "text", "chosen", "rejected", "answer", "anchors", "refusal"),
+    *("pass_rate", "sample_weight"),
+)
 
 
 def _choice(default: str, choices: tuple[str, ...]) -> Any:
@@ -55,11 +62,17 @@ class Recipe:
         dataset_test_split: Name of the held-out split; None for no evaluation, unless dataset_test_size is
             given.
         dataset_test_size: Rows (int), or share of the rows (float in (0, 1)), to cut from the train split.
-        dataset_columns: Column by role (prompt, completion, messages, text), where the data set has other
-            names.
+        dataset_columns: Column by role (prompt, completion, messages, text, chosen, rejected, answer, ...),
+            where the data set has other names.
         max_train_samples: Rows to train on, taken evenly over the split; None for all.
         max_eval_samples: Rows to evaluate on, taken evenly over the split; None for all.
-        trainer: Kind of training: "sft".
+        trainer: Kind of training: "sft", "dpo", "distillation", or one of `hf-ext list trainer`.
+        other_models: Frozen models by the trainer's argument (`teacher_model`, ...), named as
+            model_name_or_path is.
+        other_datasets: Further data sets by the trainer's argument (`retain_dataset`, ...), named as
+            dataset_name is; split, columns and limits are those of the training data.
+        reward_funcs: Rewards, for trainers that sample: an embedded task's name or a function's dotted path,
+            or a list of such.
         adapter: `type` (one of `hf-ext list adapter`, or of PEFT's own) and the fields of its config; None
             trains all weights.
         callbacks: Fields of each callback by its name (`hf-ext list callback`), in the order in which they
@@ -97,7 +110,10 @@ class Recipe:
     dataset_columns: dict[str, str] = field(default_factory=dict)
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
-    trainer: str = _choice("sft", ("sft",))
+    trainer: str = _choice("sft", trainers.NAMES)
+    other_models: dict[str, str] = field(default_factory=dict)
+    other_datasets: dict[str, str] = field(default_factory=dict)
+    reward_funcs: str | list[str] | None = None
     adapter: dict[str, Any] | None = None
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     resume_from_checkpoint: bool | str | None = None
@@ -145,7 +161,7 @@ class Recipe:
             fits = size >= 1 if isinstance(size, int) else 0.0 < size < 1.0
             check(fits, "dataset_test_size", size, "a number of rows, or a share between 0 and 1")
         for role in self.dataset_columns:
-            check_choice("dataset_columns", role, ("prompt", "completion", "messages", "text"))
+            check_choice("dataset_columns", role, _ROLES)
 
     @property
     def has_eval(self) -> bool:
@@ -172,16 +188,20 @@ class Job:
         """The run's folder, as typed."""
         return str(self.settings["output_dir"])
 
-    def training_arguments(self) -> SFTConfig:
+    @property
+    def kind(self) -> trainers.Kind:
+        """The kind of training."""
+        return trainers.kind_of(self.recipe.trainer)
+
+    def training_arguments(self) -> TrainingArguments:
         """Return the trainer's config; this starts the process group where a launcher asks for one.
 
         Raises:
             ValueError: A value is outside its range, or two contradict each other; the text names the file.
         """
-        from trl.trainer.sft_config import SFTConfig
-
+        config = trainers.config_of(self.recipe.trainer)
         try:
-            return SFTConfig(**self.settings)
+            return config(**self.settings)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"{self.where}: {one_line(error)}") from error
 
@@ -206,12 +226,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         TypeError: A value does not have its key's type.
     """
     where = str(path)
-    hints, choices = known_fields()
+    content = read_mapping(Path(path), "recipe")
+    hints, choices = known_fields(_trainer_of(content, overrides, where))
     values: dict[str, Any] = {}
-    for source, given in (
-        (where, read_mapping(Path(path), "recipe")),
-        (COMMAND_LINE, parse_overrides(overrides, hints)),
-    ):
+    for source, given in ((where, content), (COMMAND_LINE, parse_overrides(overrides, hints))):
         _refuse_without_effect(given, source)
         checked = check_fields(_undo_yaml_booleans(given, choices), hints, where=source)
         _check_choices(checked, choices, source)
@@ -227,6 +245,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     return Job(where, recipe, {name: value for name, value in values.items() if name not in own})
 
 
+def _trainer_of(content: Mapping[str, Any], overrides: Sequence[str], where: str) -> str:
+    """Return the kind of training, on which the other keys depend."""
+    typed = parse_overrides(overrides, {}, only="trainer")
+    source, named = (COMMAND_LINE, typed) if "trainer" in typed else (where, content)
+    name = named.get("trainer", "sft")
+    check_choice(f"{source}: trainer", name, trainers.NAMES)
+    return str(name)
+
+
 def _refuse_without_effect(given: Mapping[str, Any], where: str) -> None:
     for name, reason in _REFUSED.items():
         if name in given:
@@ -239,16 +266,17 @@ def _undo_yaml_booleans(given: Mapping[str, Any], choices: Mapping[str, Iterable
     return {name: "no" if name in no else value for name, value in given.items()}
 
 
-def known_fields() -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+def known_fields(trainer: str = "sft") -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     """Return every accepted key with its type, and the choices of those that have a closed list.
 
     A key that is in both dataclasses means ours.
-    """
-    from trl.trainer.sft_config import SFTConfig
 
+    Args:
+        trainer: Kind of training.
+    """
     hints: dict[str, Any] = {}
     choices: dict[str, tuple[str, ...]] = {}
-    for owner in (SFTConfig, Recipe):
+    for owner in (trainers.config_of(trainer), Recipe):
         types_of = typing.get_type_hints(owner)
         for f in dataclasses.fields(owner):
             if f.init:
@@ -275,10 +303,17 @@ def _check_choices(given: Mapping[str, Any], choices: Mapping[str, Iterable[str]
             check_choice(f"{where}: {name}", value, choices[name])
 
 
-def parse_overrides(arguments: Sequence[str], hints: Mapping[str, Any]) -> dict[str, Any]:
+def parse_overrides(
+    arguments: Sequence[str], hints: Mapping[str, Any], only: str | None = None
+) -> dict[str, Any]:
     """Return `--key value`, `--key=value`, `--flag` and `--adapter.r 8` arguments as settings.
 
     A key with several dots, such as `--callbacks.infinite_lr.anneal_start 0.5`, sets a field further inside.
+
+    Args:
+        arguments: The command line.
+        hints: Types by key.
+        only: The one key to look for; the others are passed over unread.
 
     Raises:
         ValueError: An argument does not begin with "--", or has no place in the settings.
@@ -294,6 +329,8 @@ def parse_overrides(arguments: Sequence[str], hints: Mapping[str, Any]) -> dict[
             # A flag alone means true; a negative number is a value.
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         name, dot, inner = key.partition(".")
+        if only is not None and key != only:
+            continue
         if not dot:
             settings[name] = _value(text, hints.get(name, Any))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from safetensors import SafetensorError
-from trl.trainer.sft_trainer import SFTTrainer
 
 from ..callbacks._attach import attach
 from ..core import dist, registry
@@ -40,24 +40,33 @@ from .plot import loss_plot, loss_points
 from .preflight import Prepared, adapter_name, prepare
 from .recipe import Job
 from .samples import Sample, generate_samples
-from .sources import hub_id, load_model
+from .sources import hub_id, load_model, load_other_models
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainingArguments
     from transformers.trainer_utils import TrainOutput
-    from trl.trainer.sft_config import SFTConfig
 
 T = TypeVar("T")
+# Columns that trainers read beside those of their data's form.
+_READ = {"tools", "images", "chat_template_kwargs", "prompt", "completion", "messages", "chosen", "rejected",
+         "anchors", "refusal", "pass_rate", "pass_n", "sample_weight"}  # fmt: skip
 Say = Callable[[str], None]
 _LIBRARIES = ("hf-ext", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 
-class RecipeTrainer(SFTTrainer):
-    """TRL's SFTTrainer without its card, which would be written at each checkpoint, into the run's folder."""
+class WithoutCard:
+    """Over a trainer of TRL's: no card of its own at each checkpoint, in the run's folder."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing; the run writes cards into the folders that hold the results."""
+
+
+@functools.cache
+def recipe_trainer(cls: type[Any]) -> type[Any]:
+    """Return a trainer's class as recipes use it."""
+    return type(cls.__name__, (WithoutCard, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Ready:
     """
 
     job: Job
-    args: SFTConfig
+    args: TrainingArguments
     prepared: Prepared
 
 
@@ -111,7 +120,7 @@ def run_job(ready: Ready, say: Say = lambda _: None) -> dict[str, Any]:
     say = say if dist.is_main() else lambda _: None
     _announce(ready, say)
     if prepared.checkpoint is None and job.recipe.overwrite_output_dir and dist.is_main():
-        delete_checkpoints(job.output_dir)
+        delete_checkpoints(job.output_dir, in_rounds=job.kind.in_rounds)
     dist.barrier()
     trainer = build_trainer(ready)
     result = _train(trainer, prepared)
@@ -141,23 +150,28 @@ def _leave_group() -> None:
         torch_dist.destroy_process_group()
 
 
-def build_trainer(ready: Ready) -> RecipeTrainer:
-    """Return the trainer, with the model read and the adapter injected."""
+def build_trainer(ready: Ready) -> Any:
+    """Return the trainer, with the models read and the adapter injected."""
     from transformers import set_seed
 
     job, args, prepared = ready.job, ready.args, ready.prepared
     set_seed(args.seed)  # before anything random: the start of an adapter, and of weights that a model lacks
     model = load_model(job)
-    args.model_init_kwargs = None  # used up
+    setattr(args, "model_init_kwargs", None)  # used up  # noqa: B010 - not a field of all configs
     # A checkpoint's history already holds the evaluation before the first step.
     args.eval_on_start = prepared.test is not None and prepared.checkpoint is None
-    trainer = RecipeTrainer(
+    more: dict[str, Any] = dict(load_other_models(job))
+    more |= {role: trained_columns(rows, job) for role, rows in prepared.others.items()}
+    if prepared.rewards:
+        more["reward_funcs"] = prepared.rewards
+    trainer = recipe_trainer(job.kind.trainer)(
         model=model,
         args=args,
-        train_dataset=trained_columns(prepared.train, args),
-        eval_dataset=None if prepared.test is None else trained_columns(prepared.test, args),
+        train_dataset=trained_columns(prepared.train, job),
+        eval_dataset=None if prepared.test is None else trained_columns(prepared.test, job),
         processing_class=prepared.tokenizer,
         peft_config=prepared.adapter,
+        **more,
     )
     world = trainer.accelerator.num_processes
     check(
@@ -171,12 +185,19 @@ def build_trainer(ready: Ready) -> RecipeTrainer:
     return trainer
 
 
-def start_from_data(trainer: RecipeTrainer) -> None:
-    """Give each adapter that waits for data its start, from the rows that the trainer will train on."""
+def start_from_data(trainer: Any) -> None:
+    """Give each adapter that waits for data its start, from the rows that the trainer will train on.
+
+    Raises:
+        ValueError: The trainer makes its rows itself, or its batches are no inputs of a model with labels.
+    """
     from ..adapters import awaits_data, initialize_from_data
 
     model: Any = trainer.model
     for name in awaits_data(model):
+        columns = set(getattr(trainer.train_dataset, "column_names", None) or ())
+        rule = "False with this trainer, whose rows are not a model's inputs (input_ids, labels)"
+        check({"input_ids", "labels"} <= columns, "adapter.init_weights", True, rule)
         initialize_from_data(
             model,
             trainer.get_train_dataloader(),
@@ -185,13 +206,16 @@ def start_from_data(trainer: RecipeTrainer) -> None:
         )
 
 
-def trained_columns(rows: Dataset, args: SFTConfig) -> Dataset:
-    """Return the rows without the columns that no trainer reads."""
-    wanted = {"prompt", "completion", "messages", "tools", "images", args.dataset_text_field}
+def trained_columns(rows: Dataset, job: Job) -> Dataset:
+    """Return the rows without the columns that the trainer does not read; reward functions read any."""
+    if job.kind.inputs.reward:
+        return rows
+    text = str(job.settings.get("dataset_text_field", "text"))
+    wanted = {*_READ, text, *(name for form in job.kind.inputs.columns for name in form)}
     return rows.select_columns([name for name in rows.column_names if name in wanted])
 
 
-def _train(trainer: RecipeTrainer, prepared: Prepared) -> TrainOutput:
+def _train(trainer: Any, prepared: Prepared) -> TrainOutput:
     checkpoint = None if prepared.checkpoint is None else str(prepared.checkpoint)
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
@@ -204,12 +228,12 @@ def _train(trainer: RecipeTrainer, prepared: Prepared) -> TrainOutput:
         ) from error
 
 
-def _trained(trainer: RecipeTrainer) -> Trained:
+def _trained(trainer: Any) -> Trained:
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     wrapped: Any = trainer.model_wrapped
     model: Any = trainer.accelerator.unwrap_model(wrapped)
     rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-    probe = probe_of(rows, trainer.args.device)
+    probe = probe_of(rows, trainer.processing_class, trainer.args.device)
     precise = {p.dtype for p in model.parameters()} == {torch.float32}
     return Trained(
         model=model,
@@ -222,7 +246,7 @@ def _trained(trainer: RecipeTrainer) -> Trained:
     )
 
 
-def _metrics(trainer: RecipeTrainer, ready: Ready, result: TrainOutput) -> dict[str, Any]:
+def _metrics(trainer: Any, ready: Ready, result: TrainOutput) -> dict[str, Any]:
     args, prepared = ready.args, ready.prepared
     model: Any = trainer.model
     before = loss_points(trainer.state.log_history, "eval_loss")
@@ -235,9 +259,10 @@ def _metrics(trainer: RecipeTrainer, ready: Ready, result: TrainOutput) -> dict[
         check(fits, name, value, "finite; a lower learning_rate may help. Nothing was written")
     return {
         **losses,
+        "trainer": ready.job.recipe.trainer,
         "adapter": adapter_name(prepared.adapter),
         "callbacks": {callback.info.name: callback.settings() for callback in prepared.callbacks},
-        "steps": trainer.state.global_step,
+        "steps": result.global_step,
         "resumed_from": None if prepared.checkpoint is None else prepared.checkpoint.name,
         "train_seconds": round(float(result.metrics.get("train_runtime", 0.0)), 2),
         "world_size": trainer.accelerator.num_processes,
@@ -311,7 +336,7 @@ def _samples(ready: Ready, model: torch.nn.Module) -> list[Sample]:
         model,
         prepared.tokenizer,
         rows,
-        text_field=ready.args.dataset_text_field,
+        text_field=getattr(ready.args, "dataset_text_field", "text"),
         count=min(recipe.generate_samples, len(rows)),
         limit=recipe.max_new_tokens,
     )
@@ -338,8 +363,9 @@ def _tell(metrics: Mapping[str, Any], outputs: Outputs, samples: list[Sample], s
     before, after = metrics.get("eval_loss_before"), metrics.get("eval_loss_after")
     if after is not None:
         start = "" if before is None else f"{before:.4f} -> "
+        unit = " nats per token" if metrics["trainer"] == "sft" else ""  # else the trainer's own loss
         duration = f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s"
-        say(f"held-out loss {start}{after:.4f} nats per token, {duration}")
+        say(f"held-out loss {start}{after:.4f}{unit}, {duration}")
     for name, difference in outputs.differences.items():
         say(f"{outputs.folder / name}: reloaded, logits within {difference:.1e} of the trained model's")
     for sample in samples:

@@ -87,8 +87,9 @@ def _has_template(row: dict[str, Any]) -> bool:
 
 
 def _split(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text_field: str) -> tuple[str, str]:
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
+    known = next((name for name in ("completion", "chosen") if name in row), None)
+    if "prompt" in row and (known is not None or "rejected" in row):
+        prompt, completion = row["prompt"], row[known or "rejected"]
         if isinstance(prompt, str):
             return prompt, str(completion)
         return _templated(tokenizer, prompt), str(completion[-1]["content"])

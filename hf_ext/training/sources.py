@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +17,24 @@ if TYPE_CHECKING:
 
 EMBEDDED_DATA = f"{PREFIX}stdlib-docstrings"
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# Each is a form of data that TRL's SFTTrainer takes.
-_FORMS = (("prompt", "completion"), ("messages",))
 
 
 # Models -----------------------------------------------------------------------------------------------------
 
 
-def model_path(job: Job) -> str:
-    """Return what `from_pretrained` takes for the recipe's model.
+def model_path(job: Job, name: str | None = None, field: str = "model_name_or_path") -> str:
+    """Return what `from_pretrained` takes for the recipe's model, or for another that it names.
 
     Raises:
         ValueError: The name is an embedded one that does not exist, or a path without a folder.
     """
-    name = job.recipe.model_name_or_path
+    name = job.recipe.model_name_or_path if name is None else name
     try:
         path = resolve(name)
     except ValueError as error:
         raise ValueError(f"{job.where}: {error}") from error
     if path == name and _is_path(name) and not Path(name).is_dir():
-        raise ValueError(f"{job.where}: model_name_or_path: there is no folder {name}")
+        raise ValueError(f"{job.where}: {field}: there is no folder {name}")
     return path
 
 
@@ -91,6 +90,18 @@ def load_model(job: Job) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model_path(job), **_where_from(job), **model_options(job))
 
 
+def load_other_models(job: Job) -> dict[str, PreTrainedModel]:
+    """Read the frozen models that a recipe names, by the trainer's argument."""
+    from transformers import AutoModelForCausalLM
+
+    options = {**_where_from(job), **model_options(job)}
+    options.pop("revision", None)  # that of the trained model
+    return {
+        role: AutoModelForCausalLM.from_pretrained(model_path(job, name, f"other_models.{role}"), **options)
+        for role, name in job.recipe.other_models.items()
+    }
+
+
 def model_options(job: Job) -> dict[str, Any]:
     """Return the options of `from_pretrained` that shape the model."""
     options: dict[str, Any] = dict(_as_dict(job.settings.get("model_init_kwargs")))
@@ -124,7 +135,8 @@ def load_data(job: Job) -> tuple[Dataset, Dataset | None]:
     train = _named(job, _load_split(job, "dataset_train_split", recipe.dataset_train_split))
     test: Dataset | None = None
     if recipe.dataset_test_split is not None:
-        test = _named(job, _load_split(job, "dataset_test_split", recipe.dataset_test_split))
+        held_out = _load_split(job, "dataset_test_split", recipe.dataset_test_split, test=True)
+        test = _named(job, held_out, test=True)
     elif recipe.dataset_test_size is not None:
         train, test = _cut(job, train, recipe.dataset_test_size)
     train = _spread(train, recipe.max_train_samples)
@@ -132,6 +144,21 @@ def load_data(job: Job) -> tuple[Dataset, Dataset | None]:
         if rows is not None and not len(rows):
             raise ValueError(f"{job.where}: {field}: the split of {recipe.dataset_name} has no rows")
     return train, None if test is None else _spread(test, recipe.max_eval_samples)
+
+
+def load_other_datasets(job: Job) -> dict[str, Dataset]:
+    """Return the further data sets that a recipe names, by the trainer's argument.
+
+    Raises:
+        ValueError: There is no such data set, split or column.
+    """
+    found: dict[str, Dataset] = {}
+    for role, name in job.recipe.other_datasets.items():
+        other = replace(job, recipe=replace(job.recipe, dataset_name=name))
+        field = f"other_datasets.{role}"
+        rows = _named(other, _load_split(other, field, other.recipe.dataset_train_split))
+        found[role] = _spread(rows, other.recipe.max_train_samples)
+    return found
 
 
 def _cut(job: Job, rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]:
@@ -153,10 +180,10 @@ def _spread(rows: Dataset, limit: int | None) -> Dataset:
     return rows.select([index * len(rows) // limit for index in range(limit)])
 
 
-def _load_split(job: Job, field: str, split: str) -> Dataset:
+def _load_split(job: Job, field: str, split: str, *, test: bool = False) -> Dataset:
     name = job.recipe.dataset_name
     if name.startswith(PREFIX):
-        return _load_embedded(job, field, split)
+        return _load_embedded(job, field, split, test=test)
     path = Path(name)
     if (_is_path(name) or path.suffix in _READERS) and not path.exists():
         raise ValueError(f"{job.where}: dataset_name: there is no file or folder {name}")
@@ -185,19 +212,33 @@ def _load_from_disk_or_hub(job: Job, path: Path, split: str) -> Dataset:
     return rows
 
 
-def _load_embedded(job: Job, field: str, split: str) -> Dataset:
-    from ..data import load_docstrings
+def _load_embedded(job: Job, field: str, split: str, *, test: bool = False) -> Dataset:
+    from ..data import EMBEDDED, load_docstrings, load_preferences, load_prompts
 
+    name = job.recipe.dataset_name
+    task = name.removeprefix(PREFIX)
     try:
-        if job.recipe.dataset_name != EMBEDDED_DATA:
-            refuse_unknown("dataset_name", job.recipe.dataset_name, [EMBEDDED_DATA])
-        return load_docstrings(split)
+        if name == EMBEDDED_DATA:
+            return load_docstrings(split)
+        if task not in EMBEDDED:
+            known = [EMBEDDED_DATA, *(f"{PREFIX}{task}" for task in EMBEDDED)]
+            refuse_unknown("dataset_name", name, known)
+        pairs = any("rejected" in form for form in _forms(job, test=test))
+        return load_preferences(task, split) if pairs else load_prompts(task, split)
     except ValueError as error:
         raise ValueError(f"{job.where}: {str(error).replace('split must', f'{field} must', 1)}") from error
 
 
-def _named(job: Job, rows: Dataset) -> Dataset:
-    """Rename columns as the recipe says, and refuse data that no trainer could use."""
+def _forms(job: Job, *, test: bool = False) -> tuple[tuple[str, ...], ...]:
+    """Return the forms of data that the recipe's trainer takes."""
+    inputs = job.kind.inputs
+    forms = (inputs.test_columns if test else None) or inputs.columns
+    text = str(job.settings.get("dataset_text_field", "text"))
+    return tuple((text,) if form == ("text",) else form for form in forms)
+
+
+def _named(job: Job, rows: Dataset, *, test: bool = False) -> Dataset:
+    """Rename columns as the recipe says, and refuse data that the trainer could not use."""
     where, renamed = job.where, job.recipe.dataset_columns
     for role, column in renamed.items():
         if column not in rows.column_names:
@@ -210,13 +251,14 @@ def _named(job: Job, rows: Dataset) -> Dataset:
     if "dataset_text_field" in job.settings and text not in rows.column_names:
         hint = suggest(text, rows.column_names)
         raise ValueError(f"{where}: dataset_text_field: there is no column {text!r}{hint} {_listed(rows)}")
-    forms = (*_FORMS, (text,))
+    forms = _forms(job, test=test)
     if not any(set(form) <= set(rows.column_names) for form in forms):
         hints = {f"{name!r}{suggest(name, rows.column_names)}" for form in forms for name in form}
         close = " ".join(sorted(hint for hint in hints if "mean" in hint))
+        wanted = ", or ".join(" and ".join(map(repr, form)) for form in forms)
         raise ValueError(
-            f"{where}: dataset_name {job.recipe.dataset_name!r} needs the columns 'prompt' and 'completion', "
-            f"or 'messages', or {text!r}; name them with dataset_columns. {_listed(rows)} {close}".rstrip()
+            f"{where}: dataset_name {job.recipe.dataset_name!r} needs the columns {wanted}; name them with "
+            f"dataset_columns. {_listed(rows)} {close}".rstrip()
         )
     return rows
 

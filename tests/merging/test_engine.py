@@ -72,6 +72,27 @@ def test_memory_is_a_few_blocks_however_large_the_models(tmp_path: Path) -> None
     assert trimmed < (40 << 20) + 2 * ties._REMEMBERED
 
 
+def test_a_method_that_takes_models_in_turn_holds_one_of_them(tmp_path: Path) -> None:
+    folders = []
+    for number in range(6):
+        generator = torch.Generator().manual_seed(number)
+        # 40 MiB in fp32: what is freed of this size goes back to the system at once.
+        tensors = {"w": torch.randn(32, 327680, generator=generator).bfloat16()}
+        folders.append(str(save_model(tmp_path / f"m{number}", tensors)))
+    common = {"threads": 1, "base_model": folders[0], "merge_method": "opcm"}
+    configs = [{"models": folders[1:count], **common} for count in (3, 3, 6)]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, json.dumps(configs), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, two, five = map(int, done.stdout.split())  # the first one warms up
+    assert five < two + (24 << 20), "three more models of 40 MiB"
+
+
 @pytest.fixture
 def forget() -> Iterator[None]:
     """Take what a test registers out of the registry again."""

@@ -365,14 +365,15 @@ def test_a_launcher_that_starts_one_process_is_noticed(recipe: Recipes) -> None:
 FAILING = """
 import os, sys
 from hf_ext.training import run
+from hf_ext.training.trainers import kind_of
 
-class Failing(run.RecipeTrainer):
+class Failing(run.recipe_trainer(kind_of("sft").trainer)):
     def training_step(self, *args, **kwargs):
         if os.environ["RANK"] == "1" and self.state.global_step == 2:
             raise OSError("the disk of the second process is gone")
         return super().training_step(*args, **kwargs)
 
-run.RecipeTrainer = Failing
+run.recipe_trainer = lambda cls: Failing
 from hf_ext.cli import main
 sys.exit(main(sys.argv[1:]))
 """

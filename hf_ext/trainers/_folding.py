@@ -1,0 +1,157 @@
+"""An adapter folded into its base between rounds, and the sum of all rounds as one LoRA at the end.
+
+Two adapters are not to be added tensor by tensor: their update is a product. What can be added is the weight
+of a layer with the adapter merged into it. So after a round the merged weights become the base of the next
+one, which starts a fresh adapter; the base that the run began with is kept, and what has been added to it
+comes back as a LoRA adapter of the rank that it has, exact to rounding, for the original base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..adapters._data_start import awaits_data
+from ..core.checks import check
+
+
+def folded_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
+    """Return the adapter's layers by their path in the base model.
+
+    Raises:
+        ValueError: A layer is neither linear nor a Conv1D of full-precision numbers, or something else than
+            the adapter trains (biases, `modules_to_save`).
+    """
+    found: dict[str, BaseTunerLayer] = {}
+    owned: set[int] = set()
+    for path, module in cast(nn.Module, model.base_model.model).named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        base = module.get_base_layer()
+        plain = isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point()
+        check(plain, path, type(base).__name__, "linear and not quantized, for its adapter to be folded in")
+        found[path] = module
+        owned |= {
+            id(p)
+            for name, p in cast(nn.Module, module).named_parameters()
+            if not name.startswith("base_layer.")
+        }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in owned:
+            raise ValueError(
+                f"{name} trains beside the adapter (bias or modules_to_save): rounds of extrapolation fold "
+                "adapters alone"
+            )
+    return found
+
+
+def base_weights(layers: Mapping[str, BaseTunerLayer]) -> dict[str, nn.Parameter]:
+    """Return each layer's base weight, itself, by path."""
+    return {path: layer.get_base_layer().weight for path, layer in layers.items()}  # type: ignore[union-attr]
+
+
+def merged_weights(model: PeftModel, layers: Mapping[str, BaseTunerLayer]) -> dict[str, Tensor]:
+    """Return copies of the layers' weights with the adapter merged in; the model is left as it was."""
+    before = {path: weight.detach().clone() for path, weight in base_weights(layers).items()}
+    model.merge_adapter()
+    merged = {path: weight.detach().clone() for path, weight in base_weights(layers).items()}
+    model.unmerge_adapter()
+    with torch.no_grad():
+        for path, weight in base_weights(layers).items():
+            weight.copy_(before[path])  # PEFT's own types come back to rounding only
+    return merged
+
+
+def _adapter_name(model: PeftModel) -> str:
+    active = model.active_adapter
+    check(isinstance(active, str), "active adapters", active, "one")
+    return str(active)
+
+
+def fresh_adapter(model: PeftModel, seed: int) -> None:
+    """Replace the adapter by a new one of its settings, started on the base as it is now.
+
+    Raises:
+        ValueError: Its start needs data.
+    """
+    name = _adapter_name(model)
+    config = model.peft_config[name]
+    random_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model.delete_adapter(name)
+        model.add_adapter(name, config)
+    finally:
+        torch.set_rng_state(random_state)
+    model.set_adapter(name)
+    refuse_data_start(model)
+
+
+def refuse_data_start(model: PeftModel) -> None:
+    """Raise where an adapter still awaits data for its start.
+
+    Raises:
+        ValueError: It does.
+    """
+    waiting = awaits_data(model)
+    check(
+        not waiting,
+        "init_weights",
+        True,
+        "False for an adapter that starts from data: each round of extrapolation starts a fresh one",
+    )
+
+
+def as_lora(model: PeftModel, original: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> PeftModel:
+    """Return the original base with the whole update as a LoRA adapter; the model given is used up.
+
+    Args:
+        model: The model of the last round.
+        original: Base weights that the run began with, by path.
+        final: Weights of the policy to return, by path.
+
+    Returns:
+        A model whose adapter has, for each layer, the rank of its update.
+    """
+    task = model.peft_config[_adapter_name(model)].task_type
+    base: Any = model.unload()
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for path, weight in original.items():
+            layer = base.get_submodule(path)
+            layer.weight.copy_(weight)
+            delta = final[path].float().to(weight.device) - weight.float()
+            factors[path] = _factors(delta.T if isinstance(layer, Conv1D) else delta)
+    ranks = {path: b.size(1) for path, (b, _) in factors.items()}
+    top = max(ranks.values())
+    lora = LoraConfig(
+        r=top,
+        lora_alpha=top,
+        rank_pattern={f"^{path}$".replace(".", r"\."): rank for path, rank in ranks.items()},
+        alpha_pattern={f"^{path}$".replace(".", r"\."): rank for path, rank in ranks.items()},
+        target_modules=list(factors),
+        task_type=task,
+    )
+    result = get_peft_model(base, lora)
+    with torch.no_grad():
+        for path, (b, a) in factors.items():
+            layer = cast(Any, result.base_model.model).get_submodule(path)
+            layer.lora_B["default"].weight.copy_(b)
+            layer.lora_A["default"].weight.copy_(a)
+    return result  # type: ignore[return-value]
+
+
+def _factors(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B (m, r) and A (r, n) with B A = delta (m, n) to rounding; r is at least 1."""
+    u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    # What the rounding of fp32 weights alone would show as rank.
+    noise = torch.finfo(torch.float32).eps * max(delta.shape) * s[:1]
+    rank = max(1, int((s > noise).sum()))
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).to(delta.dtype), (root[:, None] * vh[:rank]).to(delta.dtype)

@@ -1,0 +1,87 @@
+"""Trainers on two gloo processes: ranks agree, resuming is exact, and two processes are one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.test_utils import get_torch_dist_unique_port
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import REPOSITORY
+from tests.distributed import trainers_worker as worker
+from tests.trainers.runs import MODELS, model_folder, models_root
+
+# One xdist group: the two-process runs behind the module's fixture are then made once.
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_trainers")]
+Runs = Callable[[str], Path]
+MODES = ("ddp", "fsdp2")
+CASES = [pytest.param(mode, case, id=f"{mode}-{case}") for mode in MODES for case in worker.cases(mode)]
+# TRL's own sampling draws from each process's random state.
+JOINED = [
+    pytest.param(mode, case, id=f"{mode}-{case}")
+    for mode in MODES
+    for case, info in worker.cases(mode).items()
+    if "draws_by_process" not in info.supports
+]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that runs the worker on two ranks, once for a mode, and returns its folder."""
+
+    @cache
+    def run(mode: str) -> Path:
+        out = tmp_path_factory.mktemp(mode)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--master_port", str(get_torch_dist_unique_port())),
+            *("-m", "tests.distributed.trainers_worker", mode, str(out)),
+        ]
+        for seed in range(3):
+            model_folder(seed)  # in a process group transformers writes on one rank alone
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        env[MODELS] = str(models_root())
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=420, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return out
+
+    return run
+
+
+def result(outputs: Path, case: str, run: str, rank: int = 0) -> dict[str, Tensor]:
+    return load_file(outputs / f"{case}-{run}.rank{rank}.safetensors")
+
+
+@pytest.mark.parametrize(("mode", "case"), CASES)
+@pytest.mark.parametrize("run", ["whole", "resumed"])
+def test_ranks_agree_to_the_bit(mode: str, case: str, run: str, outputs: Runs) -> None:
+    first, second = (result(outputs(mode), case, run, rank) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items() if key != "log.loss")
+
+
+@pytest.mark.parametrize(("mode", "case"), CASES)
+def test_resumed_run_is_bit_equal(mode: str, case: str, outputs: Runs) -> None:
+    whole, resumed = (result(outputs(mode), case, run) for run in ("whole", "resumed"))
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("mode", "case"), JOINED)
+def test_two_processes_equal_one(mode: str, case: str, outputs: Runs, tmp_path: Path) -> None:
+    alone = worker.run(tmp_path, worker.cases()[case], "accumulated")
+    both = result(outputs(mode), case, "whole")
+    assert alone.keys() == both.keys()
+    for key, expected in alone.items():
+        torch.testing.assert_close(
+            both[key], expected, rtol=1e-5, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )

@@ -1,0 +1,172 @@
+"""Every trainer runs from a recipe by its name, resumes, and names what it lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_ext.cli import main
+from hf_ext.core.files import read_tensors
+from hf_ext.core.registry import MethodInfo
+from hf_ext.training.trainers import NAMES, kind_of
+from tests.registry_cases import methods
+from tests.trainers.runs import rows
+
+Recipes = Callable[..., str]
+TRAINERS = methods("trainer", variants=False)
+
+
+@pytest.fixture(scope="session")
+def every_column(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return files of rows with every column that a trainer may want: to train on, to retain."""
+    folder = tmp_path_factory.mktemp("rows")
+    files = {"train": rows(24), "other": rows(8, start=100)}
+    for name, data in files.items():
+        data.to_json(str(folder / f"{name}.jsonl"))
+    return {name: str(folder / f"{name}.jsonl") for name in files}
+
+
+def settings_of(name: str, model: Path, data: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """Return a recipe's keys for a kind of training, over those of the fixture."""
+    kind = kind_of(name)
+    known = {field.name for field in dataclasses.fields(kind.config)}
+    keys: dict[str, Any] = {
+        "trainer": name,
+        "dataset_name": data["train"],
+        "dataset_test_size": 4,
+        "export_lora": False,
+        "merge": False,
+        "generate_samples": 0,
+        "max_steps": 4,
+        "save_steps": 2,
+        "max_completion_length": 4,
+        "other_models": {role: str(model) for role, needed in kind.inputs.models.items() if needed},
+        "other_datasets": {role: data["other"] for role, needed in kind.inputs.datasets.items() if needed},
+        "reward_funcs": "tests.trainers.runs.vowel_share" if kind.inputs.reward else None,
+        **changes,
+    }
+    unknown = {"max_completion_length"} - known
+    dropped = {"max_length"} - known
+    kept = {key: value for key, value in keys.items() if key not in unknown}
+    return {**kept, **dict.fromkeys(dropped)}
+
+
+@pytest.mark.parametrize("info", TRAINERS)
+def test_every_trainer_runs_and_resumes_by_its_name(
+    info: MethodInfo, tmp_path: Path, recipe: Recipes, model_folder: Path, every_column: dict[str, str]
+) -> None:
+    path = recipe(**settings_of(info.name, model_folder, every_column, **json_settings(info)))
+    assert main(["train", path]) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["trainer"] == info.name
+    assert metrics["eval_loss_after"] is not None
+    card = ModelCard.load(out / "adapter" / "README.md")
+    assert {info.name, "hf_ext"} <= set(card.data.tags)
+    whole = read_tensors(out / "adapter" / "adapter_model.safetensors")
+    rounds = sorted(out.glob("round_*"))
+    last = rounds[-1] if rounds else out
+    shutil.rmtree(last / "checkpoint-4")
+    shutil.rmtree(out / "adapter")
+    if rounds:  # as a run is left that was killed within its last round
+        progress = json.loads((out / "rounds.json").read_text())
+        progress["done"] = False
+        progress["logs"] = [entry for entry in progress["logs"] if entry["round"] < len(rounds) - 1]
+        (out / "rounds.json").write_text(json.dumps(progress))
+    assert main(["train", path, "--resume_from_checkpoint", "true"]) == 0
+    again = read_tensors(out / "adapter" / "adapter_model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(whole[name].equal(tensor) for name, tensor in again.items())
+
+
+def json_settings(info: MethodInfo) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(info.test_kwargs)))
+
+
+@pytest.mark.parametrize("name", ["dpo", "distillation"])
+def test_trainers_of_trl_run_too(
+    name: str, tmp_path: Path, recipe: Recipes, model_folder: Path, every_column: dict[str, str]
+) -> None:
+    assert main(["train", recipe(**settings_of(name, model_folder, every_column))]) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["trainer"] == name
+
+
+def test_an_embedded_task_brings_pairs_prompts_and_its_reward(
+    tmp_path: Path, recipe: Recipes, model_folder: Path, every_column: dict[str, str]
+) -> None:
+    keys = settings_of(
+        "online_iterative_dpo",
+        model_folder,
+        every_column,
+        dataset_name="embedded:copying",
+        dataset_train_split="train",
+        dataset_test_split="validation",
+        dataset_test_size=None,
+        max_train_samples=16,
+        max_eval_samples=4,
+        reward_funcs="copying",
+        num_rounds=2,
+        num_candidates=4,
+    )
+    # A random model copies nothing: every candidate scores 0, and a round without pairs trains nothing.
+    assert main(["train", recipe(**keys, min_pairs=1)]) == 0
+    figures = json.loads((tmp_path / "out" / "rounds.json").read_text())["figures"]
+    assert [entry["pairs"] + entry["dropped"] for entry in figures] == [8.0, 8.0]
+
+
+def bad_keys() -> dict[str, tuple[str, dict[str, Any], list[str]]]:
+    return {
+        "kind": ("sft", {"trainer": "dqo"}, ["trainer", "'dqo'", "'dpo'"]),
+        "field of another trainer": ("sft", {"num_rounds": 2}, ["'num_rounds'"]),
+        "no reward": ("online_iterative_dpo", {"reward_funcs": None}, ["reward_funcs", "given"]),
+        "no such reward": (
+            "online_iterative_dpo",
+            {"reward_funcs": "additions"},
+            ["reward_funcs", "'additions'", "addition, copying"],
+        ),
+        "reward for nothing": ("dpo", {"reward_funcs": "addition"}, ["reward_funcs", "'dpo' takes none"]),
+        "no teacher": ("distillation", {"other_models": {}}, ["other_models.teacher_model", "given"]),
+        "another model": ("dpo", {"other_models": {"teacher": "x"}}, ["other_models", "'teacher'", "none"]),
+        "no such model": (
+            "distillation",
+            {"other_models": {"teacher_model": "./no/model"}},
+            ["other_models.teacher_model", "./no/model"],
+        ),
+        "columns": (
+            "dpo",
+            {"dataset_columns": {"rejected": "reject"}},
+            ["dataset_columns.rejected", "'reject'"],
+        ),
+        "value": ("online_iterative_dpo", {"num_rounds": 0}, ["num_rounds", "at least 1"]),
+        "resume": (
+            "online_iterative_dpo",
+            {"resume_from_checkpoint": True},
+            ["resume_from_checkpoint", "rounds.json"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", bad_keys())
+def test_what_does_not_fit_is_one_line(
+    case: str,
+    recipe: Recipes,
+    model_folder: Path,
+    every_column: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, changes, words = bad_keys()[case]
+    assert main(["train", recipe(**{**settings_of(name, model_folder, every_column), **changes})]) != 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-ext")]
+    assert len(lines) == 1, lines
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_every_registered_trainer_has_a_kind() -> None:
+    assert {case.values[0].name for case in TRAINERS} <= set(NAMES)
