@@ -12,7 +12,8 @@ STUDIES := refined_linear_decay infinite_lr annealing_law adaptive_batch_size co
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hf-ext-installed
 RUNNABLE := $(VENV)/.hf-ext-runnable
-# One thread per test process: with several at once more would only wait for one another.
+# One thread per test process: with several at once more would only wait for one another. The tests of a module
+# go to one process, so that what its fixtures train is trained once.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -42,7 +43,7 @@ demo: $(RUNNABLE) ## fine-tune the embedded model for a minute or two
 	$(BIN)/hf-ext train examples/quickstart.yaml
 
 test: install ## the whole suite
-	$(RUN_TESTS) -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(RUN_TESTS) -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
 
 test-dist: install ## only the tests that start several processes
 	$(RUN_TESTS) -m distributed $(PYTEST_ARGS)

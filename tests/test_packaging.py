@@ -18,7 +18,6 @@ import pytest
 import hf_ext
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group("packaging")
 
 
 def call(*command: str | Path, cwd: Path, **variables: str) -> str:

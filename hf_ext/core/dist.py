@@ -67,13 +67,13 @@ def on_main(action: Callable[[], None]) -> None:
     """Run an action on the first process, and raise on every process if it fails (a collective).
 
     Raises:
-        OSError: The action failed with one; on the other processes with the first one's text.
+        OSError: The action failed; on the first process its own error is raised, whatever it is.
     """
-    failed: OSError | None = None
+    failed: Exception | None = None
     if is_main():
         try:
             action()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - raised again below, when the others know
             failed = error
     texts: list[str | None] = [None if failed is None else str(failed)]
     if is_distributed():

@@ -89,6 +89,7 @@ class Inputs:
         datasets: Whether each constructor argument that takes a second data set (of the same form unless the
             trainer says otherwise) is required.
         reward: Whether `reward_funcs`, functions with the signature of GRPO's, is an argument.
+        reward_optional: Whether it may be left out.
         test_columns: Forms of held-out data, where they differ from those of the training data.
     """
 
@@ -96,6 +97,7 @@ class Inputs:
     models: Mapping[str, bool] = field(default_factory=_no_inputs)
     datasets: Mapping[str, bool] = field(default_factory=_no_inputs)
     reward: bool = False
+    reward_optional: bool = False
     test_columns: tuple[tuple[str, ...], ...] | None = None
 
 

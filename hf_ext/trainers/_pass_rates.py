@@ -288,7 +288,14 @@ def _count(
     others = {name: values[mine] for name, values in rows.items()}
     completions = decode_completions(sampler.tokenizer, prompts, groups)
     rewards = call_rewards(
-        reward_funcs, prompts, completions, groups, others, reward_weights=reward_weights, **extras
+        reward_funcs,
+        prompts,
+        completions,
+        groups,
+        others,
+        reward_weights=reward_weights,
+        some=False,  # these rows alone may have none
+        **extras,
     )
     cut = torch.tensor([[not ids or ids[-1] not in ends for ids in group] for group in groups])
     passed = rewards >= threshold  # False for NaN

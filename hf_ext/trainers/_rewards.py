@@ -47,6 +47,7 @@ def call_rewards(
     columns: Mapping[str, Sequence[Any]] | None = None,
     *,
     reward_weights: Sequence[float] | None = None,
+    some: bool = True,
     **extras: Any,
 ) -> Tensor:
     """Return the reward of each completion, from functions with the signature of GRPO's.
@@ -61,6 +62,7 @@ def call_rewards(
         completion_ids: (P, n) lists of token ids.
         columns: (P) values of the data's other columns, given to the functions by name.
         reward_weights: Weight of each function in the sum; None for 1.
+        some: Whether a call without any reward is an error, and not a set of rows that have none.
         **extras: Given to the functions as they are, such as `trainer_state`.
 
     Returns:
@@ -93,6 +95,11 @@ def call_rewards(
     ]
     weights = torch.tensor([1.0] * len(rows) if reward_weights is None else list(reward_weights))
     per_function = torch.stack(rows)  # (functions, P n)
+    if some and bool(per_function.isnan().all()):
+        names = ", ".join(getattr(function, "__name__", type(function).__name__) for function in functions)
+        raise ValueError(
+            f"reward_funcs ({names}) must give some completion a number, got NaN or None for all"
+        )
     summed = (per_function * weights[:, None]).nansum(dim=0)
     summed[per_function.isnan().all(dim=0)] = torch.nan
     return summed.reshape(len(counts), counts[0])
@@ -143,5 +150,4 @@ def _checked(function: Any, place: int, answer: Any, total: int) -> Tensor:
     found = torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float32)
     infinite = found.isinf().nonzero().flatten().tolist()
     check(not infinite, f"the answer of {name}", f"infinite for completion {infinite[:1]}", "finite or NaN")
-    check(not bool(found.isnan().all()), f"the answer of {name}", "NaN or None for all", "a number for some")
     return found

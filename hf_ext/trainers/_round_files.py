@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -65,6 +67,27 @@ class Progress:
     def write_alone(self, folder: Path) -> None:
         """Write it from this process."""
         write_json(folder / ROUNDS_FILE, asdict(self))
+
+
+def finite(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of a log with None for each number that JSON has no form of."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in entry.items()
+    }
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that is whole: the trainer's state is written last."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a round that is done."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def write_rows(path: Path, rows: Dataset) -> None:

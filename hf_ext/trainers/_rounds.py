@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -31,7 +32,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -45,9 +46,12 @@ from ._reference import evaluation_mode, reference_model
 from ._rewards import call_rewards, check_rewards
 from ._round_files import (
     Progress,
+    finite,
     load_optimizer_tensors,
+    newest_checkpoint,
     optimizer_tensors,
     read_rows,
+    remove_checkpoints,
     remove_tensors,
     write_candidates,
     write_rows,
@@ -57,6 +61,7 @@ from ._sampling import (
     SamplingSettings,
     VLLMArguments,
     decode_completions,
+    end_tokens,
     tokenize_prompts,
 )
 
@@ -231,6 +236,8 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         if at_start:
             args.precompute_ref_log_probs = True  # TRL then keeps no reference model
         self._kept_optimizer: dict[str, Tensor] | None = None
+        self._initial: dict[str, Tensor] | None = None  # the policy that `train` was first called with
+        self._round_start: dict[str, Tensor] | None = None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *more, **kwargs)
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         check(
@@ -238,6 +245,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         )
         self.prompts = cast(Dataset, self.train_dataset)
         self.precompute_ref_logps = True
+        self._check_room()
         asked = (args.prompts_per_round or 0) * args.num_rounds
         if asked > len(self.prompts):
             warnings.warn(
@@ -276,9 +284,29 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         check(len(kept) > 0, "max_length", limit, "above the length of some prompt of train_dataset")
         return kept
 
+    def _check_room(self) -> None:
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        longest = self.args.max_completion_length
+        for prompt, ids in zip(self.prompts["prompt"], self.prompts["prompt_ids"], strict=True):
+            if positions is not None and len(ids) + longest > positions:
+                raise ValueError(
+                    f"train_dataset: the prompt {str(prompt)[:60]!r} has {len(ids)} tokens; with "
+                    f"max_completion_length={longest} the model's {positions} positions leave room for "
+                    f"{positions - longest}"
+                )
+
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # TRL's caches by the hash of the model that it began with, and so by none of a later round.
-        return self.with_reference(dataset, batch_size) if "chosen_ids" in dataset.column_names else dataset
+        if "chosen_ids" not in dataset.column_names:
+            return dataset
+        if self.args.reference == "initial" or self._round_start is None:
+            return self.with_reference(dataset, batch_size)
+        kept = self._round_start.keys() == self.policy_parameters().keys()
+        rule = "given at construction: the policy that the last round began with is no longer there"
+        check(kept, "a data set to evaluate", name, rule)
+        with self._as_policy(self._round_start):
+            return self.with_reference(dataset, batch_size)
 
     def with_reference(self, rows: Dataset, batch_size: int | None = None) -> Dataset:
         """Return pairs with their log-probabilities under the reference as columns (a collective)."""
@@ -418,6 +446,9 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
                 enough = len(rows) >= self.args.min_pairs
                 if enough:
                     outputs.append(self._train_round(rows, folder, checkpoint, trial, ignore_keys_for_eval))
+                    last = outputs[-1]
+                    seconds = float(last.metrics["train_runtime"])
+                    progress.figures[number] |= {"train_loss": last.training_loss, "train_runtime": seconds}
                 else:
                     self._tell_too_few(len(rows), progress.figures[number])
                 checkpoint = None
@@ -428,10 +459,11 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self.after_rounds(run)
         self.state.log_history = list(progress.logs)
         figures = {f"rounds/{name}": value for name, value in progress.figures[-1].items()}
-        last = outputs[-1] if outputs else TrainOutput(0, 0.0, {})
-        seconds = sum(output.metrics["train_runtime"] for output in outputs)
-        metrics = {**last.metrics, **figures, "train_runtime": seconds}
-        return TrainOutput(sum(progress.steps), last.training_loss, metrics)
+        trained = [entry for entry in progress.figures if "train_loss" in entry]
+        loss = float(trained[-1]["train_loss"] or math.nan) if trained else 0.0
+        seconds = sum(float(entry["train_runtime"]) for entry in trained)
+        of_last = outputs[-1].metrics if outputs else {}
+        return TrainOutput(sum(progress.steps), loss, {**of_last, **figures, "train_runtime": seconds})
 
     def _tell_too_few(self, pairs: int, figures: Mapping[str, float]) -> None:
         if dist.is_main():
@@ -447,8 +479,10 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
             )
 
     def _begin(self, run: Path, resume: str | bool | None) -> tuple[Progress, str | None]:
-        settings, initial = self._settings(), self.policy_state()
-        self.policy, self.previous_policy = initial, initial
+        settings = self._settings()
+        if not resume or self._initial is None:
+            self._initial = self.policy_state()
+        self.policy = self.previous_policy = initial = self._initial
         if not resume:
             dist.on_main(lambda: (run / ROUNDS_FILE).unlink(missing_ok=True))
             self.begin_rounds(run, -1)
@@ -467,16 +501,15 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
             check(saved == value, name, value, f"{saved!r}, as in the run to resume", where=where)
         checkpoint = None
         if not progress.done:
-            checkpoint = get_last_checkpoint(str(run / f"round_{progress.round}"))
+            checkpoint = newest_checkpoint(run / f"round_{progress.round}")
             progress.round, progress.done = progress.round - 1, True
         policies = [
             read_tensors(run / f"round_{number}" / "policy.safetensors") if number >= 0 else initial
             for number in (progress.round - 1, progress.round)
         ]
         self.previous_policy, self.policy = policies
-        if progress.round >= 0:
-            self.round = progress.round
-            self.load_policy(self.policy)
+        self.round = max(progress.round, 0)
+        self.load_policy(self.policy)  # this object may have trained before
         self.begin_rounds(run, progress.round)
         kept = run / f"round_{progress.round}" / "optimizer.safetensors"
         if not self.args.reset_optimizer and checkpoint is None and progress.round >= 0:
@@ -560,8 +593,9 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         return Dataset.from_dict(rows, features=_FEATURES), round_figures(scores, lengths, pairs)
 
     def _unended(self, ids: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-        penalty, end = self.args.missing_eos_penalty or 0.0, self.sampler.tokenizer.eos_token_id
-        return torch.tensor([[0.0 if one[-1:] == [end] else penalty for one in group] for group in ids])
+        penalty = self.args.missing_eos_penalty or 0.0
+        ends = set(end_tokens(self.accelerator.unwrap_model(self.model), self.sampler.tokenizer))
+        return torch.tensor([[0.0 if one and one[-1] in ends else penalty for one in group] for group in ids])
 
     def _candidates(self, prompt_ids: list[list[int]]) -> list[list[list[int]]]:
         n, temperatures = self.args.num_candidates, self.args.temperatures
@@ -590,7 +624,13 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         if self.args.reset_optimizer:
             self.optimizer = None
         self.args.output_dir = str(folder)
-        return super().train(checkpoint, trial, ignore)
+        self._round_start = self.policy
+        at_start = self.args.eval_on_start
+        self.args.eval_on_start = at_start and checkpoint is None
+        try:
+            return super().train(checkpoint, trial, ignore)
+        finally:
+            self.args.eval_on_start = at_start
 
     def _finish_round(self, run: Path, folder: Path, progress: Progress, *, trained: bool) -> None:
         self.args.output_dir = str(run)
@@ -600,7 +640,11 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         figures |= self.end_round(before, folder, trained=trained)
         if trained:
             self.log({name if "/" in name else f"rounds/{name}": value for name, value in figures.items()})
-            progress.logs += [{**entry, "round": self.round} for entry in self.state.log_history]
+            before_it = sum(progress.steps[: self.round])
+            for entry in self.state.log_history:
+                step = before_it + entry["step"]  # of the whole run
+                progress.logs.append({**finite(entry), "round": self.round, "step": step})
+        progress.figures[self.round] = finite(figures)
         self.previous_policy, self.policy = before, self.policy_state()
         dist.on_main(lambda: write_tensors(folder / "policy.safetensors", self.policy))
         if not self.args.reset_optimizer and self.optimizer is not None:
@@ -609,7 +653,9 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         progress.round, progress.done = self.round, True
         progress.steps = [*progress.steps[: self.round], self.state.global_step if trained else 0]
         progress.write(run)
-        # Two are kept: the policy, and the one before it.
+        # Two policies are kept, and the checkpoints of the last round alone.
+        if self.round:
+            dist.on_main(lambda: remove_checkpoints(run / f"round_{self.round - 1}"))
         dist.on_main(lambda: remove_tensors(run / f"round_{self.round - 2}"))
 
     def _kl_to_reference(self, before: Mapping[str, Tensor]) -> dict[str, float]:

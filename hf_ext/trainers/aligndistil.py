@@ -177,7 +177,7 @@ def reverse_preferences(dataset: Any) -> Any:
     config=AlignDistilConfig,
     inputs=Inputs(
         columns=(("prompt", "chosen"), ("prompt", "completion"), ("prompt",)),
-        models={"dpo_model": True, "reverse_model": True},
+        models={"dpo_model": True, "reverse_model": False},
     ),
     neutral=Neutral(
         parent=DistillationTrainer,

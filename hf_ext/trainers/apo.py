@@ -141,20 +141,33 @@ class APOTrainer(RoundsTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model = self._unwrapped()
         self._original: dict[str, Tensor] | None = None
         self._opposed = 0
-        if self.args.extrapolation_alpha == 0:
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Check what is extrapolated, and keep the weights that adapters will be folded into."""
+        model = self._unwrapped()
+        if self.args.extrapolation_alpha == 0 or self._original is not None:
             return
-        coarse = sorted({str(p.dtype) for p in model.parameters() if p.requires_grad} - {"torch.float32"})
-        check(not coarse, "the dtype of trained weights", coarse, "torch.float32; bf16=True computes in bf16")
-        if not isinstance(model, PeftModel):
-            return
-        refuse_data_start(model)
-        reference = self.args.reference
-        check(reference == "round_start", "reference", reference, "'round_start' with an adapter")
-        layers = folded_layers(model)
-        self._original = {path: w.detach().cpu().clone() for path, w in base_weights(layers).items()}
+        folds = isinstance(model, PeftModel)
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if folds:
+            refuse_data_start(model)
+            weights = dict(base_weights(folded_layers(model)))
+        coarse = sorted({str(p.dtype) for p in weights.values()} - {"torch.float32"})
+        rule = "torch.float32 (in a recipe `dtype: float32`); bf16=True computes in bf16"
+        check(not coarse, "the dtype of the weights to extrapolate", coarse, rule)
+        if folds:
+            reference, reset = self.args.reference, self.args.reset_optimizer
+            check(reference == "round_start", "reference", reference, "'round_start' with an adapter")
+            check(reset, "reset_optimizer", reset, "True with an adapter: each round has a fresh one")
+            self._original = {path: w.detach().cpu().clone() for path, w in weights.items()}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all rounds; see `RoundsTrainer.train`."""
+        self._set_up()  # a run before has given its adapter back
+        return super().train(*args, **kwargs)
 
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)

@@ -157,6 +157,7 @@ class _Steps(TrainerCallback):
         columns=(("prompt", "completion"), ("prompt", "chosen"), ("prompt",)),
         models={"teacher_model": True},
         reward=True,
+        reward_optional=True,  # rows may bring their pass rates or weights
     ),
     neutral=Neutral(
         parent=DistillationTrainer,

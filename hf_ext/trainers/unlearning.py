@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
+from ..adapters._data_start import awaits_data
 from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
@@ -208,7 +209,7 @@ class _Watch(TrainerCallback):
     title="Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning",
     paper="arXiv:2404.05868",
     config=UnlearningConfig,
-    inputs=Inputs(columns=(("prompt", "completion"),), datasets={"retain_dataset": True}),
+    inputs=Inputs(columns=(("prompt", "completion"),), datasets={"retain_dataset": False}),
     neutral=None,
     supports={"per_micro_batch"},
     test_kwargs={},
@@ -277,6 +278,8 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
         self._known: Any = None  # of the reference, for this micro-batch
         if self._needs_distribution() or (args.unlearn_loss == "npo" and not args.precompute_ref):
             field = "retain_loss='kl'" if self._needs_distribution() else "precompute_ref=False"
+            rule = "started from its data before the trainer is made: the reference is a copy of the start"
+            check(not awaits_data(self._unwrapped()), f"the adapter, with {field},", "waiting", rule)
             self._reference = HeldWeights(self._unwrapped(), field)
         if args.unlearn_loss == "npo" and args.precompute_ref:
             self._ref_logps = self._log_likelihoods()

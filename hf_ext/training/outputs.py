@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -134,8 +135,12 @@ class Outputs:
     def _export(self) -> None:
         from ..adapters.export import export_to_lora
 
+        model = self.trained.model
         with saving(self.folder / "lora") as fresh:
-            export_to_lora(str(self.folder / "adapter"), str(fresh))
+            if model.peft_config[model.active_adapter].peft_type == PeftType.LORA:  # the run's result is one
+                shutil.copytree(self.folder / "adapter", fresh, dirs_exist_ok=True)
+            else:
+                export_to_lora(str(self.folder / "adapter"), str(fresh))
             self._finish(fresh, self._facts_for("lora", is_adapter=True))
             if self.job.recipe.verify_outputs:
                 self._compare("lora", self._reload_adapter(fresh))

@@ -19,8 +19,13 @@ def loss_points(log_history: Log, key: str) -> list[tuple[int, float]]:
     ]
 
 
-def loss_plot(log_history: Log, title: str) -> bytes:
+def loss_plot(log_history: Log, title: str, unit: str = " (nats per token)") -> bytes:
     """Return a PNG of the training and held-out losses over the optimizer steps.
+
+    Args:
+        log_history: The trainer's logs.
+        title: Of the figure.
+        unit: Of the loss, as the axis shows it.
 
     Raises:
         ImportError: matplotlib is not installed; the text holds the install command.
@@ -36,7 +41,7 @@ def loss_plot(log_history: Log, title: str) -> bytes:
         if points:
             axes.plot([step for step, _ in points], [value for _, value in points], style, label=label)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss{unit}")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     if axes.lines:

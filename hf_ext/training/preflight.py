@@ -223,6 +223,8 @@ def _check_disk(job: Job, args: TrainingArguments, parameters: int, trainable: i
     while not place.exists():
         place = place.parent
     saving = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    if job.kind.in_rounds:  # the policy, the one before it, and the checkpoints of the last round
+        saving = True
     kept = (args.save_total_limit or 1) + 1 if saving else 0  # one more while the oldest is not yet deleted
     width = 4 if job.recipe.dtype in ("auto", "float32") else 2
     # A checkpoint holds the weights and two moments; an adapter may carry frozen tensors of its own size.

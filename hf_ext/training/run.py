@@ -157,9 +157,14 @@ def build_trainer(ready: Ready) -> Any:
     job, args, prepared = ready.job, ready.args, ready.prepared
     set_seed(args.seed)  # before anything random: the start of an adapter, and of weights that a model lacks
     model = load_model(job)
-    setattr(args, "model_init_kwargs", None)  # used up  # noqa: B010 - not a field of all configs
+    # Used up, but for the revision of a reference that TRL reads by itself.
+    revision = job.recipe.model_revision
+    reread = {"revision": revision} if revision is not None and prepared.adapter is None else None
+    setattr(args, "model_init_kwargs", reread)  # noqa: B010 - not a field of all configs
     # A checkpoint's history already holds the evaluation before the first step.
-    args.eval_on_start = prepared.test is not None and prepared.checkpoint is None
+    # (Rounds see to it themselves.)
+    fresh = prepared.checkpoint is None or job.kind.in_rounds
+    args.eval_on_start = prepared.test is not None and fresh
     more: dict[str, Any] = dict(load_other_models(job))
     more |= {role: trained_columns(rows, job) for role, rows in prepared.others.items()}
     if prepared.rewards:
@@ -294,7 +299,8 @@ def _facts(ready: Ready, metrics: Mapping[str, Any], log: list[dict[str, Any]], 
     if find_spec("matplotlib") is None:
         say("no loss plot without matplotlib: pip install 'hf-ext[plot]'")
     else:
-        plot = loss_plot(log, f"{name} on {base_label(job)}")
+        unit = " (nats per token)" if job.recipe.trainer == "sft" else ""
+        plot = loss_plot(log, f"{name} on {base_label(job)}", unit)
     shown = ("eval_loss_before", "eval_loss_after", "train_loss", "steps", "train_seconds", "world_size",
              "trainable_parameters")  # fmt: skip
     own = {"dtype": job.recipe.dtype, "max_train_samples": job.recipe.max_train_samples}

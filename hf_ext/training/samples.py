@@ -93,9 +93,14 @@ def _split(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text_field: 
         if isinstance(prompt, str):
             return prompt, str(completion)
         return _templated(tokenizer, prompt), str(completion[-1]["content"])
+    if "prompt" in row:  # the completions are the policy's own
+        prompt = row["prompt"]
+        return (prompt if isinstance(prompt, str) else _templated(tokenizer, prompt)), ""
+    if "chosen" in row and not isinstance(row["chosen"], str):
+        return _templated(tokenizer, row["chosen"][:-1]), str(row["chosen"][-1]["content"])
     if "messages" in row:
         return _templated(tokenizer, row["messages"][:-1]), str(row["messages"][-1]["content"])
-    text = str(row[text_field])
+    text = str(row["chosen"] if "chosen" in row else row[text_field])
     return text[: len(text) // 2], text[len(text) // 2 :]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +86,17 @@ def kind_of(name: str) -> Kind:
     return Kind(name, trainer, config, trainer.inputs, "rounds" in row.supports)
 
 
+@contextlib.contextmanager
+def _working_directory_importable() -> Generator[None]:
+    # As `python script.py` has the script's folder; a function of the user's stands beside the recipe.
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
@@ -106,7 +120,8 @@ def check_inputs(job: Job) -> None:
             check(present, f"{job.where}: {field}.{name}", None, f"given for trainer {kind.name!r}")
     rewards = recipe.reward_funcs
     if kind.inputs.reward:
-        check(bool(rewards), f"{job.where}: reward_funcs", rewards, f"given for trainer {kind.name!r}")
+        present = bool(rewards) or kind.inputs.reward_optional
+        check(present, f"{job.where}: reward_funcs", rewards, f"given for trainer {kind.name!r}")
     else:
         check(
             not rewards, f"{job.where}: reward_funcs", rewards, f"left out: trainer {kind.name!r} takes none"
@@ -128,7 +143,8 @@ def reward_functions(job: Job) -> list[Callable[..., Any]]:
             found.append(reward_function(name))
             continue
         try:
-            function = _imported(name)
+            with _working_directory_importable():
+                function = _imported(name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{job.where}: reward_funcs: {name!r} is neither an embedded task ({', '.join(EMBEDDED)}) "

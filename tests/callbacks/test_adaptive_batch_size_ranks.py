@@ -25,7 +25,7 @@ from tests.callbacks.runs import build, logged, rows
 from tests.conftest import REPOSITORY
 from tests.distributed.callbacks_worker import _switch_fsdp_on
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_adaptive_batch_size")]
+pytestmark = pytest.mark.distributed
 
 SETTINGS: dict[str, Any] = {
     "batch_max": 32,

@@ -24,7 +24,7 @@ from tests.callbacks.runs import STEPS, build
 from tests.conftest import REPOSITORY
 from tests.distributed.callbacks_worker import _switch_fsdp_on
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("continual_ema_sharded")]
+pytestmark = pytest.mark.distributed
 
 FSDP2: dict[str, Any] = {
     "fsdp": True,

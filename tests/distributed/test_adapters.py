@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import REPOSITORY, build_tiny_llama
 from tests.distributed import adapters_worker as worker
 
-# One xdist group: the two-process run behind the module's fixture is then made once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_adapters")]
+pytestmark = pytest.mark.distributed
 CASES = list(worker.cases())
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from tests.conftest import REPOSITORY
 from tests.distributed import callbacks_worker as worker
 
-# One xdist group: the two-process runs behind the module's fixture are then made once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_callbacks")]
+pytestmark = pytest.mark.distributed
 Runs = Callable[[str], Path]
 MODES = ("ddp", "fsdp2")
 CASES = [pytest.param(mode, case, id=f"{mode}-{case}") for mode in MODES for case in worker.cases(mode)]

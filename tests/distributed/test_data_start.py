@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.conftest import REPOSITORY
 from tests.distributed import data_start_worker as worker
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_data_start")]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import REPOSITORY, build_tiny_llama
 from tests.distributed.adapters_worker import adapter_state
 
-# One xdist group: the two-process runs behind the module's fixture are then made once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_trainer")]
+pytestmark = pytest.mark.distributed
 MODES = ("ddp", "fsdp2", "fsdp2-rank0")
 
 

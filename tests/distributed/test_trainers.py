@@ -19,8 +19,7 @@ from tests.conftest import REPOSITORY
 from tests.distributed import trainers_worker as worker
 from tests.trainers.runs import MODELS, model_folder, models_root
 
-# One xdist group: the two-process runs behind the module's fixture are then made once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed_trainers")]
+pytestmark = pytest.mark.distributed
 Runs = Callable[[str], Path]
 MODES = ("ddp", "fsdp2")
 CASES = [pytest.param(mode, case, id=f"{mode}-{case}") for mode in MODES for case in worker.cases(mode)]

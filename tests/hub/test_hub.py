@@ -28,8 +28,6 @@ from hf_ext.hub import push_to_hub
 
 from .server import TOKEN, Fault, File, Hub
 
-# One server and two clients for all tests: under xdist they stay together.
-pytestmark = pytest.mark.xdist_group("hub")
 ROOT = Path(__file__).resolve().parents[2]
 _LONGEST = 120.0  # seconds for one call, on a machine that does other things besides
 

@@ -269,6 +269,7 @@ def test_a_run_with_an_adapter_cut_between_rounds_goes_on(kind: str, tmp_path: P
 
 def test_what_cannot_be_folded_is_refused(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], Any, str]] = [
+        ({"reset_optimizer": False}, lora(), "reset_optimizer"),
         ({"reference": "initial"}, lora(), "reference"),
         ({}, lora(modules_to_save=["lm_head"]), "modules_to_save"),
         ({}, lora(target_modules=["embed_tokens"]), "embed_tokens"),
@@ -276,5 +277,17 @@ def test_what_cannot_be_folded_is_refused(tmp_path: Path) -> None:
     for settings, config, name in cases:
         with pytest.raises(ValueError, match=name):
             build(INFO, tmp_path, settings={**SMALL, **settings}, peft_config=config)
-    with pytest.raises(ValueError, match="dtype"):
-        build(INFO, tmp_path, settings=SMALL, model=tiny_model().bfloat16())
+    for config in (None, lora()):  # PEFT keeps the adapter of a bf16 base in fp32
+        with pytest.raises(ValueError, match="dtype"):
+            build(INFO, tmp_path, settings=SMALL, model=tiny_model().bfloat16(), peft_config=config)
+
+
+def test_a_second_run_folds_the_adapter_of_the_first(tmp_path: Path) -> None:
+    settings = {**SMALL, "num_rounds": 2}
+    trainer = build(INFO, tmp_path, settings=settings, peft_config=lora(), **QUICK)
+    trainer.train()
+    first = trainer.model.get_base_model().state_dict()
+    found = states_of(trainer, tmp_path)
+    assert set(found[0][0]) == {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
+    again = trainer.model.get_base_model().state_dict()
+    assert all(torch.equal(again[name], first[name]) for name in first if "base_layer" in name)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from hf_ext.core.files import read_tensors
 from hf_ext.trainers import OnlineIterativeDPOConfig, OnlineIterativeDPOTrainer
 from hf_ext.trainers._round_files import read_rows
-from tests.callbacks.runs import equal
+from tests.callbacks.runs import StopAt, equal
 from tests.trainers.runs import (
     ARGUMENTS,
     build,
@@ -358,3 +359,68 @@ def test_held_out_pairs_need_their_columns(tmp_path: Path) -> None:
 def test_settings_of_another_trainer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="OnlineIterativeDPOConfig"):
         build(INFO, tmp_path, settings=SMALL, given={"args": DPOConfig(str(tmp_path), bf16=False)})
+
+
+def test_the_same_object_resumes_from_its_first_policy(tmp_path: Path) -> None:
+    whole = build(INFO, tmp_path / "whole", settings=SMALL, max_steps=3, save_strategy="no")
+    whole.train()
+    stop = StopAt(2)
+    cut = build(INFO, tmp_path / "cut", settings=SMALL, max_steps=3, save_strategy="no", others=[stop])
+    with pytest.raises(InterruptedError):
+        cut.train()
+    stop.step = -1
+    cut.train(resume_from_checkpoint=True)
+    assert equal(parameters(cut), parameters(whole))
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_steps": 3, "save_steps": 1}
+    whole = build(INFO, tmp_path / "whole", settings=SMALL, **arguments)
+    whole.train()
+    cut = build(INFO, tmp_path / "cut", settings=SMALL, others=[StopAt(3)], **arguments)
+    with pytest.raises(InterruptedError):
+        cut.train()
+    (tmp_path / "cut" / "round_0" / "checkpoint-2" / "trainer_state.json").unlink()
+    resumed = build(INFO, tmp_path / "cut", settings=SMALL, **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(parameters(resumed), parameters(whole))
+
+
+def test_pairs_evaluated_later_are_compared_with_the_rounds_first_policy(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+    trainer = build(INFO, tmp_path, settings=SMALL, peft_config=config, max_steps=3, save_strategy="no")
+    trainer.train()
+    given = trainer.evaluate()["eval_loss"]
+    before = parameters(trainer)
+    later = trainer.evaluate(columns(rows(4, start=200), ["prompt", "chosen", "rejected"]))["eval_loss"]
+    assert later == pytest.approx(given, abs=1e-6)
+    assert later != pytest.approx(math.log(2), abs=1e-4)
+    assert equal(parameters(trainer), before)
+
+
+def test_a_number_that_json_lacks_does_not_end_a_run(tmp_path: Path) -> None:
+    class Broken(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            state.log_history[-1]["grad_norm"] = math.nan
+
+    trainer = build(INFO, tmp_path, settings=SMALL, others=[Broken()], max_steps=1, save_strategy="no")
+    trainer.train()
+    logs = json.loads((tmp_path / "rounds.json").read_text())["logs"]
+    assert logs[0]["grad_norm"] is None
+
+
+def test_every_token_that_ends_a_completion_counts_as_its_end(tmp_path: Path) -> None:
+    trainer = build(INFO, tmp_path, settings={**SMALL, "missing_eos_penalty": 0.5})
+    end = tokenizer().eos_token_id
+    trainer.model.generation_config.eos_token_id = [7]
+    assert trainer._unended([[[5, end], [5, 7], [5, 6]]]).tolist() == [[0.0, 0.0, 0.5]]
+
+
+def test_a_prompt_without_room_is_named_before_anything_is_sampled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Say \d+.*max_completion_length=120"):
+        build(INFO, tmp_path, settings=SMALL, max_completion_length=120)
+
+
+def test_only_the_last_round_keeps_its_checkpoints(tmp_path: Path) -> None:
+    build(INFO, tmp_path, settings={**SMALL, "num_rounds": 3}, max_steps=1, save_steps=1).train()
+    assert [path.parent.name for path in tmp_path.glob("round_*/checkpoint-*")] == ["round_2"]

@@ -54,7 +54,7 @@ def test_a_tensor_of_rewards_is_taken() -> None:
     ("answer", "error", "text"),
     [
         ([1.0], ValueError, r"reward_funcs\[0\] \(reward\) must be 2 rewards"),
-        ([None, float("nan")], ValueError, r"reward_funcs\[0\] \(reward\) must be a number for some"),
+        ([None, float("nan")], ValueError, r"reward_funcs \(reward\) must give some completion a number"),
         ([1.0, float("inf")], ValueError, "finite or NaN"),
         ([1.0, "good"], TypeError, r"reward_funcs\[0\] \(reward\) must give numbers or None, got 'good'"),
     ],

@@ -47,8 +47,8 @@ def settings_of(name: str, model: Path, data: dict[str, str], **changes: Any) ->
         "max_steps": 4,
         "save_steps": 2,
         "max_completion_length": 4,
-        "other_models": {role: str(model) for role, needed in kind.inputs.models.items() if needed},
-        "other_datasets": {role: data["other"] for role, needed in kind.inputs.datasets.items() if needed},
+        "other_models": {role: str(model) for role in kind.inputs.models},
+        "other_datasets": dict.fromkeys(kind.inputs.datasets, data["other"]),
         "reward_funcs": "tests.trainers.runs.vowel_share" if kind.inputs.reward else None,
         **changes,
     }
@@ -166,6 +166,39 @@ def test_what_does_not_fit_is_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-ext")]
     assert len(lines) == 1, lines
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_function_beside_the_recipe_gives_the_reward_and_prompts_alone_are_completed(
+    tmp_path: Path, recipe: Recipes, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def score(completions, **kwargs):\n    return [float(len(set(text))) for text in completions]\n"
+    )
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {number}\n"}) + "\n" for number in range(8))
+    )
+    monkeypatch.chdir(tmp_path)
+    keys = settings_of(
+        "online_iterative_dpo",
+        model_folder,
+        {"train": str(tmp_path / "rows.jsonl"), "other": ""},
+        dataset_test_size=None,
+        reward_funcs="my_rewards.score",
+        generate_samples=1,
+        num_rounds=1,
+        num_candidates=2,
+    )
+    assert main(["train", recipe(**keys)]) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["samples"][0]["prompt"] == "Say 0\n"
+
+
+def test_what_extrapolated_rounds_return_is_a_lora_and_exported_as_one(
+    tmp_path: Path, recipe: Recipes, model_folder: Path, every_column: dict[str, str]
+) -> None:
+    keys = settings_of("apo", model_folder, every_column, num_rounds=2, num_candidates=2, export_lora=True)
+    assert main(["train", recipe(**keys)]) == 0
+    config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
 
 
 def test_every_registered_trainer_has_a_kind() -> None:
