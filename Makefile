@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 # Scripts in benchmarks/ that train each arm several times.
 STUDIES := refined_linear_decay infinite_lr annealing_law adaptive_batch_size continual_ema weight_average \
-	ties lcsc sparse_soup
+	ties lcsc sparse_soup online_iterative_dpo apo d2o aligndistil paced_distillation self_distillation unlearning
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hf-ext-installed
 RUNNABLE := $(VENV)/.hf-ext-runnable
@@ -66,6 +66,7 @@ bench: install ## the ratios of docs/benchmarks.md (a quiet machine, about an ho
 	$(BIN)/python benchmarks/lora_ga.py --out docs/assets/lora_ga.json
 	$(BIN)/python benchmarks/qpissa.py --out docs/assets/qpissa.json
 	$(BIN)/python benchmarks/callback_step.py --out docs/assets/callback_step.json
+	$(BIN)/python benchmarks/trainer_step.py --out docs/assets/trainer_step.json
 	$(BIN)/python benchmarks/start_up.py --out docs/assets/start_up.json
 	$(BIN)/python benchmarks/sorsa_vs_lora.py --out docs/assets/sorsa_vs_lora
 

@@ -77,7 +77,6 @@ def _same(completions: list[str], **kwargs: Any) -> list[float]:
 
 
 _SFT = Arm(SFTTrainer, SFTConfig, {}, _texts)
-_DPO = Arm(DPOTrainer, DPOConfig, {"precompute_ref_log_probs": True}, _pairs)
 _ON_POLICY = {"max_completion_length": 16}
 PAIRS: dict[str, tuple[Arm, Arm]] = {
     "self_distillation, weight 0": (
@@ -96,16 +95,6 @@ PAIRS: dict[str, tuple[Arm, Arm]] = {
     "d2o, one anchor": (
         Arm(DPOTrainer, DPOConfig, {}, _pairs),
         Arm(trainers.D2OTrainer, trainers.D2OConfig, {"num_anchors": 1, "online_after": None}, _negatives),
-    ),
-    "online_iterative_dpo, a round": (
-        _DPO,
-        Arm(
-            trainers.OnlineIterativeDPOTrainer,
-            trainers.OnlineIterativeDPOConfig,
-            {"num_rounds": 1, "num_candidates": 2, "kl_prompts": 0, "max_completion_length": 48},
-            lambda: _pairs().select_columns(["prompt"]),
-            more={"reward_funcs": _same},
-        ),
     ),
     "aligndistil, one teacher": (
         Arm(
