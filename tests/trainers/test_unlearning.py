@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from hf_ext.adapters import LoraGaConfig
 from hf_ext.trainers import UnlearnCollator, UnlearningTrainer, npo_loss, npo_weight
 from hf_ext.trainers._token_loss import ROW
 from tests.callbacks.runs import StopAt, equal
@@ -473,3 +474,10 @@ def test_the_reference_of_a_loaded_adapter_is_that_adapter(tmp_path: Path) -> No
         trainer = build(INFO, tmp_path / str(precompute), settings=settings, peft_config=config)
         loss, _ = gradients(trainer, batch_of(trainer))
         assert loss == pytest.approx(20.0 * math.log(2.0), abs=1e-4)
+
+
+def test_an_adapter_that_waits_for_its_data_is_refused_where_its_start_is_kept(tmp_path: Path) -> None:
+    waiting = LoraGaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    settings = {"retain_loss": "kl"}
+    with pytest.raises(ValueError, match="started from its data before"):
+        build(UnlearningTrainer.info, tmp_path, settings=settings, peft_config=waiting)

@@ -203,3 +203,10 @@ def test_what_extrapolated_rounds_return_is_a_lora_and_exported_as_one(
 
 def test_every_registered_trainer_has_a_kind() -> None:
     assert {case.values[0].name for case in TRAINERS} <= set(NAMES)
+
+
+def test_what_a_trainer_can_do_without_may_be_left_out(
+    tmp_path: Path, recipe: Recipes, model_folder: Path, every_column: dict[str, str]
+) -> None:
+    keys = settings_of("unlearning", model_folder, every_column, other_datasets={}, max_steps=1)
+    assert main(["train", recipe(**keys, unlearn_loss="ga", retain_loss="none", max_forget_loss=1e4)]) == 0
