@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _NAME = "hf-ext"
@@ -43,27 +43,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_NAME, description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    train = commands.add_parser(
+    train = _command(
+        commands,
         "train",
-        parents=[common],
-        allow_abbrev=False,
+        _train,
         help="train a recipe",
         description="Train a recipe: check it, train, evaluate, save, export, merge, reload.",
         epilog="Every key of a recipe can be given as --key value; --adapter.r 8 sets one of the adapter.",
     )
     train.add_argument("recipe", help="YAML file; examples/quickstart.yaml needs no network")
     train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="run in N processes")
-    train.set_defaults(run=_train)
 
-    compare = commands.add_parser(
+    compare = _command(
+        commands,
         "compare",
-        parents=[common],
-        allow_abbrev=False,
+        _compare,
         help="compare methods on a recipe",
         description="Train methods times seeds on a recipe's data, each at a tuned learning rate.",
         epilog="Every key of a recipe can be given as --key value; --compare.seeds 5 sets one of the "
@@ -71,22 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("recipe", help="YAML file; examples/compare.yaml needs no network")
     compare.add_argument("--methods", metavar="A,B", help="methods to compare, the baseline first")
-    compare.set_defaults(run=_compare)
 
-    listing = commands.add_parser("list", parents=[common], help="list the methods")
+    listing = _command(commands, "list", _list, help="list the methods")
     listing.add_argument("kind", nargs="?", help="adapter, callback, trainer, optimizer or merge")
-    listing.set_defaults(run=_list)
 
-    info = commands.add_parser("info", parents=[common], help="explain a method and its settings")
+    info = _command(commands, "info", _info, help="explain a method and its settings")
     info.add_argument("name")
-    info.set_defaults(run=_info)
 
     schedule = commands.add_parser("schedule", help="learning-rate schedules from finished runs")
     schedules = schedule.add_subparsers(dest="action", metavar="ACTION", required=True)
-    refine = schedules.add_parser(
+    refine = _command(
+        schedules,
         "refine",
-        parents=[common],
-        allow_abbrev=False,
+        _refine,
         help="make the refined schedule of a recorded run",
         description="Write refined_schedule.json and .png into the folder of a run that recorded gradient "
         "norms (RefinedLinearDecayCallback).",
@@ -95,11 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     refine.add_argument("--norm", default="auto", help="l1, l2, or auto for what suits the optimizer")
     refine.add_argument("--tau", type=float, default=0.1, help="median window as a share of the run (0.1)")
     refine.add_argument("--keep-zero", action="store_true", help="end with a rate of 0, as in the paper")
-    refine.set_defaults(run=_refine)
-    predict = schedules.add_parser(
+    predict = _command(
+        schedules,
         "predict",
-        parents=[common],
-        allow_abbrev=False,
+        _predict,
         help="rank schedules by their forecast final loss",
         description="Fit the annealing law to recorded runs (AnnealingLawCallback), rank candidate schedules "
         "by it, and write schedule_forecast.json and .png into the first run's folder.",
@@ -114,12 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--fit-lambda", action="store_true", help="take the best of 0.99, 0.995 and 0.999")
     predict.add_argument("--level", type=float, default=0.9, help="share within the intervals (0.9)")
     predict.add_argument("--allow-peak-change", action="store_true", help="allow a peak above the fitted one")
-    predict.set_defaults(run=_predict)
 
-    merge = commands.add_parser(
+    merge = _command(
+        commands,
         "merge",
-        parents=[common],
-        allow_abbrev=False,
+        _merge,
         help="merge models or adapters",
         description="Merge models or adapters as a YAML file says; files for mergekit are read too. The same "
         "command goes on with a merge that was interrupted.",
@@ -129,18 +121,27 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
     merge.add_argument("--restart", action="store_true", help="discard an unfinished merge of another plan")
     merge.add_argument("--threads", type=int, metavar="N", help="workers; left out, what the file says")
-    merge.set_defaults(run=_merge)
 
-    _add_adapter_commands(commands, common)
-    _add_signature_commands(commands, common)
+    _add_adapter_commands(commands)
+    _add_signature_commands(commands)
     return parser
 
 
-def _add_adapter_commands(commands: Any, common: argparse.ArgumentParser) -> None:
-    store = commands.add_parser(
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], **texts: str
+) -> argparse.ArgumentParser:
+    """Return the parser of a command that `run` carries out; what all commands take is there."""
+    parser = commands.add_parser(name, allow_abbrev=False, **texts)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_adapter_commands(commands: Any) -> None:
+    store = _command(
+        commands,
         "store",
-        parents=[common],
-        allow_abbrev=False,
+        _store,
         help="store LoRA adapters as one shared basis (rmm)",
         description="Store LoRA adapters as a basis that they share and coefficients of each; "
         "`hf-ext restore` makes any of them again.",
@@ -155,35 +156,28 @@ def _add_adapter_commands(commands: Any, common: argparse.ArgumentParser) -> Non
     store.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (bfloat16)")
     store.add_argument("--overwrite", action="store_true", help="replace an earlier store")
     store.add_argument("--add", action="store_true", help="add to the store, on the bases that are there")
-    store.set_defaults(run=_store)
 
-    restore = commands.add_parser(
-        "restore", parents=[common], allow_abbrev=False, help="restore an adapter from a store (rmm)"
-    )
+    restore = _command(commands, "restore", _restore, help="restore an adapter from a store (rmm)")
     restore.add_argument("store", metavar="STORE", help="folder of the store")
     restore.add_argument("name", metavar="NAME", help="name of the adapter")
     restore.add_argument("out", metavar="OUT", help="folder to write")
     restore.add_argument("--base", metavar="MODEL", help="merge it into this model, and write the model")
     restore.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
-    restore.set_defaults(run=_restore)
 
-    export = commands.add_parser(
-        "export-lora", parents=[common], help="turn a saved adapter into an ordinary LoRA"
+    export = _command(
+        commands, "export-lora", _export_lora, help="turn a saved adapter into an ordinary LoRA"
     )
     export.add_argument("source", metavar="IN", help="folder of the adapter")
     export.add_argument("out", metavar="OUT", help="folder to write")
     export.add_argument("--rank", type=int, help="rank of the LoRA; left out, the smallest that is exact")
-    export.set_defaults(run=_export_lora)
 
 
-def _add_signature_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_signature_commands(commands: Any) -> None:
     signature = commands.add_parser(
         "signature", help="patches that make a model robust (robust_weight_signature)"
     )
     actions = signature.add_subparsers(dest="action", metavar="ACTION", required=True)
-    extract = actions.add_parser(
-        "extract", parents=[common], allow_abbrev=False, help="extract a signature from three models"
-    )
+    extract = _command(actions, "extract", _extract, help="extract a signature from three models")
     extract.add_argument("start", metavar="START", help="model that both others were trained from")
     extract.add_argument("clean", metavar="CLEAN", help="model trained on clean data")
     extract.add_argument("robust", metavar="ROBUST", help="model trained on corrupted data")
@@ -192,22 +186,17 @@ def _add_signature_commands(commands: Any, common: argparse.ArgumentParser) -> N
     extract.add_argument("--keep-num", type=int, default=7, metavar="N", help="shallow layers it covers (7)")
     extract.add_argument("--bits", type=int, default=8, help="bits of a number: 2 to 8, 16 or 32 (8)")
     extract.add_argument("--overwrite", action="store_true", help="replace an earlier signature in OUT")
-    extract.set_defaults(run=_extract)
-    apply = actions.add_parser("apply", parents=[common], allow_abbrev=False, help="patch a model")
+    apply = _command(actions, "apply", _apply, help="patch a model")
     apply.add_argument("model", metavar="MODEL", help="folder of the model")
     apply.add_argument("out", metavar="OUT", help="folder to write")
     apply.add_argument("signatures", metavar="SIGNATURE", nargs="+", help="folders of signatures")
     apply.add_argument("--alpha", type=float, help="strength of each; left out, 1 over their number")
     apply.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
-    apply.set_defaults(run=_apply)
-    remove = actions.add_parser(
-        "remove", parents=[common], allow_abbrev=False, help="take signatures off a model, bit for bit"
-    )
+    remove = _command(actions, "remove", _remove, help="take signatures off a model, bit for bit")
     remove.add_argument("model", metavar="MODEL", help="folder of the patched model")
     remove.add_argument("out", metavar="OUT", help="folder to write")
     remove.add_argument("--label", action="append", help="a signature to take off; left out, all of them")
     remove.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
-    remove.set_defaults(run=_remove)
 
 
 # Commands ---------------------------------------------------------------------------------------------------

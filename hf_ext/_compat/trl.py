@@ -6,7 +6,7 @@ A trainer of ours that overrides a private method of TRL's has the method's para
 
 from __future__ import annotations
 
-from trl.data_utils import is_conversational
+from trl.data_utils import common_prefix_length, is_conversational
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -29,6 +29,7 @@ __all__ = [
     "ChunkedDivergenceFunction",
     "VLLMGeneration",
     "add_fused_lm_head",
+    "common_prefix_length",
     "create_model_from_path",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",

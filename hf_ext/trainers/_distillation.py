@@ -17,6 +17,7 @@ of its epoch; TRL's starts again with that of the first.
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from trl import DistillationTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from .._compat.trl import (
     ChunkedDivergenceFunction,
+    common_prefix_length,
     create_model_from_path,
     disable_gradient_checkpointing,
     is_conversational,
@@ -192,6 +194,7 @@ class TargetDistillationTrainer(DistillationTrainer):
         """Return whether `target` is used; if not, the target is the first teacher."""
         return False
 
+    @abstractmethod
     def target(self, teachers: Sequence[Tensor], student: Tensor) -> Target:
         """Return the target of n positions, for the KL(student || target).
 
@@ -199,7 +202,6 @@ class TargetDistillationTrainer(DistillationTrainer):
             teachers: Logits (n, V) of each, fp32.
             student: Log-probabilities (n, V) at the run's temperature, fp32, without gradients.
         """
-        raise NotImplementedError
 
     def row_weights(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
         """Return the factors (B,) of the rows' divergences, or None for 1."""
@@ -249,10 +251,7 @@ class TargetDistillationTrainer(DistillationTrainer):
             end = str(self._tokenizer.eos_token)
             text = row["prompt"] + completion.removesuffix(end) + end
             whole = self.processing_class(text=text)["input_ids"]
-        pairs = zip(prompt_ids, whole, strict=False)
-        shared = next(
-            (place for place, (a, b) in enumerate(pairs) if a != b), min(len(prompt_ids), len(whole))
-        )
+        shared = common_prefix_length(list(prompt_ids), whole)
         if shared < len(prompt_ids) and not self._warned_of_prefix:
             self._warned_of_prefix = True
             logger.warning(

@@ -11,6 +11,7 @@ that have a meaning without pairs (`entropy` and `mean_token_accuracy` over all 
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from .._compat.trl import disable_gradient_checkpointing, use_adapter
+from .._compat.trl import common_prefix_length, disable_gradient_checkpointing, use_adapter
 from ..core.checks import check
 from ._base import check_vocabulary, own_args, refuse_trained_reference
 from ._reference import completion_labels, model_inputs, reference_model, sum_of_tokens, token_logps
@@ -94,10 +95,11 @@ class LogRatioTrainer(DPOTrainer):
 
     # What a method overrides ----------------------------------------------------------------------
 
+    @abstractmethod
     def make_collator(self, args: Any) -> Any:
         """Return the collator; its `pad_token_id` is set later."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample_losses(self, rows: LogRatios, inputs: Mapping[str, Any]) -> Tensor:
         """Return the loss (B,) of each sample.
 
@@ -105,7 +107,6 @@ class LogRatioTrainer(DPOTrainer):
             rows: Of one forward.
             inputs: The batch, with the `own_inputs`.
         """
-        raise NotImplementedError
 
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a batch with whatever the collator could not know."""
@@ -119,9 +120,9 @@ class LogRatioTrainer(DPOTrainer):
         """Return parts of the rows with the adapter that is their reference; None for DPO's own."""
         return [(slice(0, len(inputs["input_ids"])), None)]
 
+    @abstractmethod
     def precomputed(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the reference (R,) from the columns of a batch."""
-        raise NotImplementedError
 
     # DPO's methods --------------------------------------------------------------------------------
 
@@ -289,15 +290,10 @@ def encode_completions(example: Mapping[str, Any], completions: list[Any], token
             tokenizer.apply_chat_template(prompt + as_messages(one), **settings)["input_ids"]
             for one in completions
         ]
-    cut = min(_common(start, ids) for ids in whole)
+    cut = min(common_prefix_length(start, ids) for ids in whole)
     return {"prompt_ids": start[:cut], "completion_ids": [ids[cut:] for ids in whole]}
 
 
 def as_messages(completion: Any) -> list[dict[str, Any]]:
     """Return a completion of a chat as messages; a text is one of the assistant's."""
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-
-
-def _common(ids: list[int], others: list[int]) -> int:
-    pairs = zip(ids, others, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))

@@ -10,6 +10,7 @@ forward. Evaluation runs SFT's own loss.
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -106,6 +107,7 @@ class TokenLossTrainer(SFTTrainer):
         """Return whether the coming micro-batch has a loss of its own; if not, SFT's is computed as it is."""
         return True
 
+    @abstractmethod
     def token_loss(self, outputs: TokenOutputs, inputs: Mapping[str, Any]) -> Tensor:
         """Return the loss of a micro-batch.
 
@@ -118,7 +120,6 @@ class TokenLossTrainer(SFTTrainer):
             of the whole batch. Or a scalar: the loss of the micro-batch, for trainers with
             `loss_is_scaled_for_ga = False`.
         """
-        raise NotImplementedError
 
     def before_forward(self, inputs: Mapping[str, Any]) -> None:
         """Run another model on a micro-batch, before there is a graph of the model in training.

@@ -6,8 +6,6 @@ Usage of the worker: torchrun --nproc_per_node 2 -m tests.callbacks.test_adaptiv
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from torch import Tensor
 from hf_ext.callbacks import AdaptiveBatchSizeCallback
 from hf_ext.core.dist import full_tensor
 from tests.callbacks.runs import build, logged, rows
-from tests.conftest import REPOSITORY
 from tests.distributed.callbacks_worker import _switch_fsdp_on
+from tests.distributed.launch import two_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -84,15 +82,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def outputs(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp(mode)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *("-m", "tests.callbacks.test_adaptive_batch_size_ranks", mode, str(out)),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes("tests.callbacks.test_adaptive_batch_size_ranks", mode, out)
     return out
 
 

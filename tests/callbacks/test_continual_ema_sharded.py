@@ -5,8 +5,6 @@ As a program: torchrun --nproc_per_node 2 -m tests.callbacks.test_continual_ema_
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.test_utils import get_torch_dist_unique_port
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_ext.callbacks import ContinualEMACallback
 from hf_ext.core.dist import full_tensor
 from tests.callbacks.runs import STEPS, build
-from tests.conftest import REPOSITORY
 from tests.distributed.callbacks_worker import _switch_fsdp_on
+from tests.distributed.launch import two_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -68,16 +65,7 @@ def main() -> None:
 
 
 def test_evaluations_are_of_the_average_and_change_nothing(tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_port", str(get_torch_dist_unique_port())),
-        *("-m", "tests.callbacks.test_continual_ema_sharded", str(tmp_path)),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes("tests.callbacks.test_continual_ema_sharded", tmp_path)
     alone = run(tmp_path, evaluates=True, sharded=False)
     for rank in (0, 1):
         without, with_them = (

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.test_utils import get_torch_dist_unique_port
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY, build_tiny_llama
+from tests.conftest import build_tiny_llama
 from tests.distributed import adapters_worker as worker
+from tests.distributed.launch import two_processes
 
 pytestmark = pytest.mark.distributed
 CASES = list(worker.cases())
@@ -24,21 +21,7 @@ CASES = list(worker.cases())
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the worker once for all cases, on two ranks."""
     out = tmp_path_factory.mktemp("adapters")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *(
-            "--master_port",
-            str(get_torch_dist_unique_port()),
-            "-m",
-            "tests.distributed.adapters_worker",
-            str(out),
-        ),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes("tests.distributed.adapters_worker", out)
     return out
 
 

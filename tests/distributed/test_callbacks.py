@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.test_utils import get_torch_dist_unique_port
-from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.conftest import REPOSITORY
 from tests.distributed import callbacks_worker as worker
+from tests.distributed.launch import once_for_each_mode, result
 
 pytestmark = pytest.mark.distributed
 Runs = Callable[[str], Path]
@@ -32,29 +25,9 @@ JOINED = [
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return a function that runs the worker on two ranks, once for a mode, and returns its folder."""
-
-    @cache
-    def run(mode: str) -> Path:
-        out = tmp_path_factory.mktemp(mode)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_port", str(get_torch_dist_unique_port())),
-            *("-m", "tests.distributed.callbacks_worker", mode, str(out)),
-        ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=420, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return out
-
-    return run
-
-
-def result(outputs: Path, case: str, run: str, rank: int = 0) -> dict[str, Tensor]:
-    return load_file(outputs / f"{case}-{run}.rank{rank}.safetensors")
+    return once_for_each_mode(tmp_path_factory, "tests.distributed.callbacks_worker")
 
 
 @pytest.mark.parametrize(("mode", "case"), CASES)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.test_utils import get_torch_dist_unique_port
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.conftest import REPOSITORY
 from tests.distributed import data_start_worker as worker
+from tests.distributed.launch import two_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -24,16 +20,7 @@ pytestmark = pytest.mark.distributed
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the worker once for all cases, on two ranks."""
     out = tmp_path_factory.mktemp("data_start")
-    port = str(get_torch_dist_unique_port())
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port),
-        *("-m", "tests.distributed.data_start_worker", str(out)),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes("tests.distributed.data_start_worker", out)
     return out
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.test_utils import get_torch_dist_unique_port
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY, build_tiny_llama
+from tests.conftest import build_tiny_llama
 from tests.distributed.adapters_worker import adapter_state
+from tests.distributed.launch import two_processes
 
 pytestmark = pytest.mark.distributed
 MODES = ("ddp", "fsdp2", "fsdp2-rank0")
@@ -25,16 +22,7 @@ def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Run the worker once for a mode, on two ranks."""
     out = tmp_path_factory.mktemp(request.param)
     build_tiny_llama().save_pretrained(out / "base")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_port", str(get_torch_dist_unique_port())),
-        *("-m", "tests.distributed.trainer_worker", request.param, str(out)),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes("tests.distributed.trainer_worker", request.param, out)
     return out
 
 

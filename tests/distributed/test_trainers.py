@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.test_utils import get_torch_dist_unique_port
-from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.conftest import REPOSITORY
 from tests.distributed import trainers_worker as worker
+from tests.distributed.launch import once_for_each_mode, result
 from tests.trainers.runs import MODELS, model_folder, models_root
 
 pytestmark = pytest.mark.distributed
@@ -33,32 +26,12 @@ JOINED = [
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return a function that runs the worker on two ranks, once for a mode, and returns its folder."""
-
-    @cache
-    def run(mode: str) -> Path:
-        out = tmp_path_factory.mktemp(mode)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_port", str(get_torch_dist_unique_port())),
-            *("-m", "tests.distributed.trainers_worker", mode, str(out)),
-        ]
-        for seed in range(3):
-            model_folder(seed)  # in a process group transformers writes on one rank alone
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        env[MODELS] = str(models_root())
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=420, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return out
-
-    return run
-
-
-def result(outputs: Path, case: str, run: str, rank: int = 0) -> dict[str, Tensor]:
-    return load_file(outputs / f"{case}-{run}.rank{rank}.safetensors")
+    for seed in range(3):
+        model_folder(seed)  # in a process group transformers writes on one rank alone
+    environment = {"ACCELERATE_USE_CPU": "true", MODELS: str(models_root())}
+    return once_for_each_mode(tmp_path_factory, "tests.distributed.trainers_worker", **environment)
 
 
 @pytest.mark.parametrize(("mode", "case"), CASES)

@@ -30,6 +30,8 @@ def test_rewards_follow_grpos_convention() -> None:
         trainer_state="state",
     )
     assert found.dtype == torch.float32
+    # 1 + 10 / 2; the second's alone; neither's; the first's alone.
+    torch.testing.assert_close(found, torch.tensor([[6.0, 10.0], [torch.nan, 4.0]]), equal_nan=True)
     assert seen == {
         "prompts": ["p", "p", "q", "q"],
         "completions": ["a", "b", "c", "d"],

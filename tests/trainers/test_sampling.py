@@ -128,14 +128,15 @@ def test_the_models_own_end_tokens_count(model: Any) -> None:
 def test_a_penalty_on_repetition_is_transformers_but_does_not_count_padding(model: Any) -> None:
     with torch.no_grad():  # the padding token would be the likeliest
         model.lm_head.weight[2] = 3 * model.model(torch.tensor([[5, 6]])).last_hidden_state[0, -1]
-    penalized = make(model, repetition_penalty=5.0, temperature=0.0, max_new_tokens=4)
+    # So large that a token which is counted as seen is never taken.
+    penalized = make(model, repetition_penalty=1e4, temperature=0.0, max_new_tokens=4)
     alone = penalized.completions([[5, 6]], 1)[0]
     theirs = model.generate(
         torch.tensor([[5, 6]]),
         attention_mask=torch.ones(1, 2, dtype=torch.long),
         do_sample=False,
         max_new_tokens=4,
-        repetition_penalty=5.0,
+        repetition_penalty=1e4,
     )
     assert alone[0] == theirs[0, 2:].tolist()
     assert alone[0][0] == 2
