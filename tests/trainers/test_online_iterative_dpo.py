@@ -424,3 +424,14 @@ def test_a_prompt_without_room_is_named_before_anything_is_sampled(tmp_path: Pat
 def test_only_the_last_round_keeps_its_checkpoints(tmp_path: Path) -> None:
     build(INFO, tmp_path, settings={**SMALL, "num_rounds": 3}, max_steps=1, save_steps=1).train()
     assert [path.parent.name for path in tmp_path.glob("round_*/checkpoint-*")] == ["round_2"]
+
+
+def test_a_round_taken_up_in_its_middle_is_not_evaluated_as_at_its_start(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "eval_on_start": True}
+    cut = build(INFO, tmp_path, settings=SMALL, others=[StopAt(2)], **arguments)
+    with pytest.raises(InterruptedError):
+        cut.train()
+    resumed = build(INFO, tmp_path, settings=SMALL, **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    evaluated = [entry["round"] for entry in resumed.state.log_history if "eval_loss" in entry]
+    assert evaluated == [0, 1]  # the first one is the cut run's, kept in its checkpoint
