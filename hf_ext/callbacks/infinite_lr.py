@@ -11,6 +11,7 @@ Differs from the paper:
 - Rates are shares of each parameter group's own peak.
 - The anneal may also be linear, or 1 - sqrt (`anneal`).
 - Before an anneal the checkpoint to continue from is kept as `infinite_branch`, and training ends with it.
+- A checkpoint that has been annealed is refused, unless asked for: the rate then rises to its constant again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = ["InfiniteLRCallback", "InfiniteLRCurve"]
 
 COOLDOWNS = ("cosine", "rsqrt", "linear")
 ANNEALS = ("exponential", "linear", "one_minus_sqrt")
-PHASES = ("warmup", "cooldown", "constant", "anneal", "annealed")
+PHASES = ("warmup", "cooldown", "constant", "anneal", "annealed", "rewarm")
 BRANCH = "infinite_branch"
 
 
@@ -58,6 +59,9 @@ class InfiniteLRCurve(Curve):
         anneal: "exponential", "linear" or "one_minus_sqrt".
         anneal_start: A, or None while no anneal is planned; at least C.
         anneal_steps: N, at least 1; None while no anneal is planned.
+        rewarm_start: Time at which an annealed curve was opened again, or None; see `reopen`.
+        rewarm_steps: Length of the rise to the constant rate from there, at least 0.
+        rewarm_from: Rate at its start over peak, in [0, const_lr_ratio].
 
     Raises:
         ValueError: A field is outside its range.
@@ -72,6 +76,9 @@ class InfiniteLRCurve(Curve):
     anneal: str = "exponential"
     anneal_start: float | None = None
     anneal_steps: float | None = None
+    rewarm_start: float | None = None
+    rewarm_steps: float = 0
+    rewarm_from: float = 0.0
 
     def __post_init__(self) -> None:
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
@@ -83,6 +90,12 @@ class InfiniteLRCurve(Curve):
             check(self.anneal_start >= self.cooldown_steps, "anneal_start", self.anneal_start, rule)
             given = self.anneal_steps is not None and self.anneal_steps >= 1
             check(given, "anneal_steps", self.anneal_steps, "at least 1")
+        if self.rewarm_start is not None:
+            rule = f"at least cooldown_steps ({self.cooldown_steps})"
+            check(self.rewarm_start >= self.cooldown_steps, "rewarm_start", self.rewarm_start, rule)
+        check(self.rewarm_steps >= 0, "rewarm_steps", self.rewarm_steps, "at least 0")
+        rule = f"in [0, const_lr_ratio = {self.const_lr_ratio}]"
+        check(0.0 <= self.rewarm_from <= self.const_lr_ratio, "rewarm_from", self.rewarm_from, rule)
 
     def factor(self, t: float) -> float:
         """Return the rate at time t over the peak."""
@@ -94,6 +107,10 @@ class InfiniteLRCurve(Curve):
             return 1.0 + (self.const_lr_ratio - 1.0) * self._cooled(x)
         if phase == "constant":
             return self.const_lr_ratio
+        if phase == "rewarm":
+            assert self.rewarm_start is not None
+            share = max(0.0, (t - self.rewarm_start) / self.rewarm_steps)
+            return self.rewarm_from + (self.const_lr_ratio - self.rewarm_from) * share
         assert self.anneal_start is not None
         assert self.anneal_steps is not None
         y = min(1.0, (t - self.anneal_start) / self.anneal_steps)
@@ -120,6 +137,8 @@ class InfiniteLRCurve(Curve):
             return "warmup"
         if t < self.cooldown_steps:
             return "cooldown"
+        if self.rewarm_start is not None and t < self.rewarm_start + self.rewarm_steps:
+            return "rewarm"
         if self.anneal_start is None or self.anneal_steps is None or t < self.anneal_start:
             return "constant"
         return "anneal" if t <= self.anneal_start + self.anneal_steps else "annealed"
@@ -134,6 +153,23 @@ class InfiniteLRCurve(Curve):
         check(phase == "constant", "start_anneal", t, "in the constant phase", where=f"now in {phase}")
         check(steps >= 1, "anneal_steps", steps, "at least 1")
         self.anneal_start, self.anneal_steps = t, steps
+
+    def reopen(self, t: float, steps: int) -> None:
+        """Leave an anneal at time t: the rate rises on a line to the constant one, and stays there.
+
+        Args:
+            t: Time of the next update, in or after an anneal.
+            steps: Length of the rise, at least 0; 0 for the constant rate from time t on.
+
+        Raises:
+            ValueError: No anneal has begun, or steps is below 0.
+        """
+        phase = self.phase(t)
+        check(phase in ("anneal", "annealed"), "reopen", t, "in or after an anneal", where=f"now in {phase}")
+        check(steps >= 0, "rewarm_steps", steps, "at least 0")
+        self.rewarm_from = self.factor(t)
+        self.rewarm_start, self.rewarm_steps = t, steps
+        self.anneal_start = self.anneal_steps = None
 
 
 def check_levels(settings: Any) -> None:
@@ -184,6 +220,8 @@ def check_levels(settings: Any) -> None:
         {"anneal_steps": 0},
         {"anneal": "sudden"},
         {"start_phase": "anneal"},
+        {"allow_annealed": True, "rewarm_steps": -1},
+        {"rewarm_steps": 5},
     ),
 )
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -195,7 +233,8 @@ class InfiniteLRCallback(LearningRateCallback):
     branch: `hf_ext.attach(trainer, InfiniteLRCallback(continue_from="out/infinite_branch"))` starts with its
     weights, its optimizer state and the constant rate, from the first batch of the new data.
 
-    In a checkpoint: the curve's marks and ratios, and the optimizer's class name.
+    In a checkpoint: the curve's marks and ratios, the optimizer's class name, and how many annealed
+    checkpoints the weights have been continued from.
 
     Args:
         warmup_steps: End of the warm-up in optimizer steps, at least 0; None for `warmup_end`.
@@ -212,10 +251,14 @@ class InfiniteLRCallback(LearningRateCallback):
         anneal: Shape of the anneal: "exponential", "linear" or "one_minus_sqrt".
         start_phase: "warmup", or "constant" to begin in the constant phase without a checkpoint of one.
         continue_from: Checkpoint of the constant phase to continue on new data from; needs `attach`.
+        allow_annealed: Whether `continue_from` may be a checkpoint in or after an anneal. The rate then rises
+            from where the anneal had left it, which undoes what the anneal was for; a warning says so.
+        rewarm_steps: Optimizer steps of that rise to the constant rate, on a line, at least 0; 0 for the
+            constant rate from the first update on. Only with an annealed checkpoint.
     """
 
     may_change: ClassVar[frozenset[str]] = frozenset(
-        {"anneal_start", "anneal_steps", "anneal", "continue_from"}
+        {"anneal_start", "anneal_steps", "anneal", "continue_from", "allow_annealed", "rewarm_steps"}
     )
 
     warmup_steps: int | None = None
@@ -231,6 +274,8 @@ class InfiniteLRCallback(LearningRateCallback):
     anneal: str = "exponential"
     start_phase: str = "warmup"
     continue_from: str | None = None
+    allow_annealed: bool = False
+    rewarm_steps: int = 0
 
     def validate(self) -> None:
         """Check the settings."""
@@ -253,6 +298,9 @@ class InfiniteLRCallback(LearningRateCallback):
             "at least 1",
         )
         check_choice("start_phase", self.start_phase, ("warmup", "constant"))
+        rise = self.rewarm_steps
+        check(rise >= 0, "rewarm_steps", rise, "at least 0")
+        check(rise == 0 or self.allow_annealed, "rewarm_steps", rise, "0 unless allow_annealed=True")
 
     def needs_attach(self, args: TrainingArguments) -> str | None:
         """Continuing on new data loads another run's state before training begins."""
@@ -264,7 +312,8 @@ class InfiniteLRCallback(LearningRateCallback):
         """Return the branch, once it is known to be one.
 
         Raises:
-            ValueError: It is no checkpoint of this schedule's constant phase.
+            ValueError: It is no checkpoint of this schedule's constant phase, nor an annealed one that is
+                allowed.
         """
         if self.continue_from is None:
             return None
@@ -273,14 +322,13 @@ class InfiniteLRCallback(LearningRateCallback):
             rule = f"a checkpoint of a run with {type(self).__name__}"
             check((folder / name).is_file(), "continue_from", self.continue_from, rule, where=f"no {name}")
         phase = self.read_state(folder, of_other_run=True)["phase"]
+        annealed = phase in ("anneal", "annealed")
         rule = "a checkpoint of the constant phase, such as infinite_branch"
-        check(
-            phase == "constant",
-            "continue_from",
-            self.continue_from,
-            rule,
-            where=f"it is of the phase {phase}",
-        )
+        rule += "" if not annealed else ", unless allow_annealed=True"
+        fits = phase == "constant" or (annealed and self.allow_annealed)
+        check(fits, "continue_from", self.continue_from, rule, where=f"it is of the phase {phase}")
+        rule = "0 where continue_from is a checkpoint of the constant phase, which needs no rise"
+        check(annealed or self.rewarm_steps == 0, "rewarm_steps", self.rewarm_steps, rule)
         return self.continue_from
 
     def reset(self) -> None:
@@ -290,11 +338,13 @@ class InfiniteLRCallback(LearningRateCallback):
         self._optimizer: str | None = None
         self._plan: list[Any] = []
         self._can_branch = True
+        self._reopened = 0  # annealed checkpoints that the weights have been continued from
 
     def begin(self, run: Run) -> None:
         """Follow the curve, from where the checkpoint stands where there is one."""
         if run.warm_start is not None:
             self.load_state_dict(self.read_state(run.warm_start, of_other_run=True))
+            self._reopen(run)
         optimizer = run.optimizer_name
         known = self._optimizer in (None, optimizer)
         check(known, "optimizer", optimizer, f"{self._optimizer}, as in the checkpoint")
@@ -305,6 +355,22 @@ class InfiniteLRCallback(LearningRateCallback):
         if fresh or run.warm_start is not None or plan != self._plan:
             self._plan_anneal(run)
             self._plan = plan
+
+    def _reopen(self, run: Run) -> None:
+        """Leave the anneal of the checkpoint that a run continues from, where it has been annealed."""
+        curve = self._curve()
+        now = curve.time(int(run.lr_scheduler.last_epoch))
+        if not _annealing(curve, now):
+            return
+        curve.reopen(now, self.rewarm_steps)
+        self._reopened += 1
+        over = f"over {self.rewarm_steps} steps" if self.rewarm_steps else "at once"
+        warnings.warn(
+            f"continue_from is a checkpoint that has been annealed: the learning rate rises from "
+            f"{curve.rewarm_from:g} to {curve.const_lr_ratio:g} of the peak {over}; infinite_branch needs "
+            "no rise",
+            stacklevel=2,
+        )
 
     def make_curve(self, run: Run) -> InfiniteLRCurve:
         """Resolve shares of the run into steps; an anneal is planned later."""
@@ -354,11 +420,12 @@ class InfiniteLRCallback(LearningRateCallback):
             )
             return
         self._check_branch()
+        first = max(curve.cooldown_steps, now)
+        if curve.rewarm_start is not None:
+            first = max(first, curve.rewarm_start + curve.rewarm_steps)
         mark = round(begin + start * run.state.max_steps) if isinstance(start, float) else start
-        rule = f"in the constant phase of this run, {max(curve.cooldown_steps, now):g} to {last - 1:g}"
-        check(
-            max(curve.cooldown_steps, now) <= mark < last, "anneal_start", start, rule, where=f"step {mark}"
-        )
+        rule = f"in the constant phase of this run, {first:g} to {last - 1:g}"
+        check(first <= mark < last, "anneal_start", start, rule, where=f"step {mark}")
         curve.anneal_start = mark
         curve.anneal_steps = round(last) - mark if self.anneal_steps is None else self.anneal_steps
         if mark + curve.anneal_steps > last:
@@ -396,7 +463,7 @@ class InfiniteLRCallback(LearningRateCallback):
         """Begin an anneal, save what comes before it, and stop after it."""
         curve = self._curve()
         now = curve.time(self.step)
-        if self._asked is not None and curve.phase(now) not in ("warmup", "cooldown"):
+        if self._asked is not None and curve.phase(now) not in ("warmup", "cooldown", "rewarm"):
             curve.anneal_start = curve.anneal_steps = None  # one that was planned for later
             curve.start_anneal(round(now), self._asked)
             self._asked = None
@@ -443,9 +510,13 @@ class InfiniteLRCallback(LearningRateCallback):
         return self.curve
 
     def scalars(self) -> dict[str, float]:
-        """Return the phase of the last update (0 to 4, as in `PHASES`) and its time on the curve."""
+        """Return the phase of the last update (0 to 5, as in `PHASES`) and its time on the curve.
+
+        Once an annealed checkpoint was continued from, also how many of them were.
+        """
         time = self._curve().time(max(self.step - 1, 0))
-        return {"phase": float(PHASES.index(self._curve().phase(time))), "time": time}
+        found = {"phase": float(PHASES.index(self._curve().phase(time))), "time": time}
+        return found | ({"reopened": float(self._reopened)} if self._reopened else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curve, its phase, the plan that the settings asked for, and the optimizer's class."""
@@ -453,12 +524,13 @@ class InfiniteLRCallback(LearningRateCallback):
         now = curve.time(self.step)
         phase = "constant" if now == curve.anneal_start else curve.phase(now)
         own = {"phase": phase, "plan": self._plan, "asked": self._asked, "optimizer": self._optimizer}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **own, "reopened": self._reopened}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         super().load_state_dict(state)
         self._plan, self._asked, self._optimizer = list(state["plan"]), state["asked"], state["optimizer"]
+        self._reopened = state.get("reopened", 0)  # checkpoints of before it was counted have none
 
 
 def _annealing(curve: InfiniteLRCurve, now: float) -> bool:

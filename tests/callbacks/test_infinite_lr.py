@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_ext.callbacks import InfiniteLRCallback, InfiniteLRCurve
 from hf_ext.callbacks.infinite_lr import ANNEALS, COOLDOWNS
-from tests.callbacks.runs import StopAt, build, equal, logged, parameters, rows, tiny_model
+from tests.callbacks.runs import SaveAt, StopAt, build, equal, logged, parameters, rows, tiny_model
 from tests.reference.infinite_lr import learning_rate
 
 MARKS: dict[str, Any] = {"warmup_steps": 4, "cooldown_steps": 8, "anneal_start": 20, "anneal_steps": 10}
@@ -111,6 +111,9 @@ def test_one_curve_for_every_peak() -> None:
         ({"anneal_steps": 0}, "anneal_steps"),
         ({"anneal_steps": None}, "anneal_steps"),
         ({"min_lr_ratio": 0.0}, "min_lr_ratio"),
+        ({"rewarm_start": 7.0}, "rewarm_start"),
+        ({"rewarm_steps": -1}, "rewarm_steps"),
+        ({"rewarm_from": 0.2}, "rewarm_from"),
     ],
 )
 def test_a_curve_refuses_bad_fields(bad: dict[str, Any], field: str) -> None:
@@ -120,6 +123,23 @@ def test_a_curve_refuses_bad_fields(bad: dict[str, Any], field: str) -> None:
 
 def test_a_linear_anneal_may_end_at_zero() -> None:
     assert InfiniteLRCurve(**MARKS, anneal="linear", min_lr_ratio=0.0)(30) == 0.0
+
+
+def test_an_annealed_curve_can_be_opened_again() -> None:
+    curve = InfiniteLRCurve(**MARKS)
+    curve.reopen(25, 5)  # in the middle of the anneal, whose rate is 0.1 * 0.1 ** (5 / 10) of the peak
+    low = 0.1 * 0.1**0.5
+    points = {25: low, 26: low + (0.1 - low) / 5, 29: low + (0.1 - low) * 4 / 5, 30: 0.1, 1000: 0.1}
+    for s, rate in points.items():
+        assert curve(s) == pytest.approx(rate, rel=1e-12), s
+    assert [curve.phase(s) for s in (25, 29, 30)] == ["rewarm", "rewarm", "constant"]
+    curve.start_anneal(40, 10)
+    assert curve(50) == pytest.approx(0.01, rel=1e-12)
+    at_once = InfiniteLRCurve(**MARKS)
+    at_once.reopen(31, 0)
+    assert (at_once(31), at_once.phase(31)) == (0.1, "constant")
+    with pytest.raises(ValueError, match=r"reopen must be in or after an anneal, got 31 \(now in constant"):
+        at_once.reopen(31, 0)
 
 
 def test_resumes_in_a_bare_loop(tmp_path: Path) -> None:
@@ -374,6 +394,92 @@ def test_an_annealed_checkpoint_is_no_place_to_continue_from(on_demand: bool, tm
     )
     with pytest.raises(ValueError, match="anneal_start must be left as it was"):
         replan.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-10"))
+
+
+@pytest.fixture(scope="module")
+def annealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of ten steps that anneals in its last four."""
+    folder = tmp_path_factory.mktemp("annealed")
+    others = [SaveAt(8)]
+    build(folder, InfiniteLRCallback(**SHORT, anneal_start=6, anneal_steps=3), others=others).train()
+    return folder
+
+
+def test_an_annealed_checkpoint_may_be_allowed(annealed: Path, tmp_path: Path) -> None:
+    def again(name: str) -> Any:
+        start = InfiniteLRCallback(
+            continue_from=str(annealed / "checkpoint-10"),
+            allow_annealed=True,
+            rewarm_steps=3,
+            anneal_start=16,
+            anneal_steps=2,
+        )
+        return build(tmp_path / name, start, data=rows(50), save_steps=2)
+
+    whole = again("whole")
+    text = r"annealed: the learning rate rises from 0\.01 to 0\.1 of the peak over 3 steps"
+    with pytest.warns(UserWarning, match=text):
+        whole.train()
+    # Times 10 to 18: the anneal had ended at 0.01 of the peak.
+    rise = [0.01, 0.04, 0.07, 0.1, 0.1, 0.1]
+    fall = [0.1, 0.1 * 0.1**0.5, 0.01]
+    expected = [1e-2 * share for share in rise + fall]
+    assert logged(whole, "learning_rate") == pytest.approx(expected, rel=1e-12)
+    assert logged(whole, "infinite_lr/phase") == [5, 5, 5, 2, 2, 2, 3, 3, 3]
+    assert logged(whole, "infinite_lr/reopened") == [1.0] * 9
+    # Its optimizer goes on too, and a run that is cut in the rise is the same to the bit.
+    resumed = again("resumed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert equal(parameters(resumed), parameters(whole))
+    assert logged(resumed, "infinite_lr/phase") == logged(whole, "infinite_lr/phase")
+    # The new branch is of the constant phase again, and says what it comes from.
+    branch = InfiniteLRCallback().read_state(tmp_path / "whole" / "infinite_branch", of_other_run=True)
+    assert (branch["phase"], branch["reopened"]) == ("constant", 1)
+    third = build(
+        tmp_path / "third",
+        InfiniteLRCallback(continue_from=str(tmp_path / "whole" / "infinite_branch")),
+        max_steps=2,
+    )
+    third.train()
+    assert logged(third, "learning_rate") == [1e-2 * 0.1] * 2
+    assert logged(third, "infinite_lr/reopened") == [1.0] * 2
+
+
+def test_a_checkpoint_within_an_anneal_may_be_allowed(annealed: Path, tmp_path: Path) -> None:
+    start = InfiniteLRCallback(continue_from=str(annealed / "checkpoint-8"), allow_annealed=True)
+    trainer = build(tmp_path, start, max_steps=2, save_strategy="no")
+    with pytest.warns(UserWarning, match=r"rises from 0\.0215443 to 0\.1 of the peak at once"):
+        trainer.train()  # 0.1 * 0.1 ** (2 / 3) would have been the next
+    assert logged(trainer, "learning_rate") == [1e-2 * 0.1] * 2
+
+
+def test_a_rise_is_refused_where_none_is_needed(annealed: Path, tmp_path: Path) -> None:
+    callback = InfiniteLRCallback(
+        continue_from=str(annealed / "infinite_branch"), allow_annealed=True, rewarm_steps=3
+    )
+    with pytest.raises(ValueError, match="rewarm_steps must be 0 where continue_from is a checkpoint of the"):
+        build(tmp_path, callback).train()
+    early = InfiniteLRCallback(
+        continue_from=str(annealed / "checkpoint-10"), allow_annealed=True, rewarm_steps=3, anneal_start=12
+    )
+    with (
+        pytest.warns(UserWarning, match="has been annealed"),
+        pytest.raises(ValueError, match="anneal_start must be in the constant phase of this run, 13 to 18"),
+    ):
+        build(tmp_path, early).train()
+
+
+def test_an_anneal_that_is_asked_for_waits_for_the_rise(annealed: Path, tmp_path: Path) -> None:
+    checkpoint = str(annealed / "checkpoint-10")
+    callback = InfiniteLRCallback(continue_from=checkpoint, allow_annealed=True, rewarm_steps=4)
+    ask = AnnealAt(1)
+    ask.callback = callback
+    trainer = build(tmp_path, callback, others=[ask])
+    with pytest.warns(UserWarning, match="has been annealed"):
+        trainer.train()
+    assert logged(trainer, "infinite_lr/phase") == [5, 5, 5, 5, 3, 3, 3, 3]
 
 
 def test_a_folder_that_is_no_branch_is_refused(tmp_path: Path) -> None:
