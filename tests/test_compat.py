@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+import torch
 import trl
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,6 +17,7 @@ from peft.utils.peft_types import PeftType
 from torch import nn
 
 from hf_ext._compat import peft as compat
+from hf_ext._compat import torch as torch_compat
 from hf_ext._compat import trl as trl_compat
 
 FOLDER = Path(compat.__file__).parent
@@ -184,3 +186,17 @@ def test_private_methods_of_trl_take_what_we_pass(
 ) -> None:
     found = tuple(inspect.signature(getattr(getattr(trl, trainer), method)).parameters)[1:]
     assert found == parameters, f"trl {trl.__version__}: {trainer}.{method} takes {found}"
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("strides", ["rows", "columns"])
+def test_the_product_for_few_rows_is_the_plain_one(onednn: bool, strides: str) -> None:
+    rows, matrix = torch.randn(5, 33), torch.randn(17, 33)
+    stored = matrix if strides == "rows" else matrix.T.contiguous().T
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        product = torch_compat.rows_times_transposed(rows, stored)
+    exact = rows.double() @ matrix.double().T
+    assert (product - exact).abs().max() < 1e-5
+    assert torch.equal(
+        torch_compat.rows_times_transposed(rows.double(), stored.double()), rows.double() @ stored.double().T
+    )

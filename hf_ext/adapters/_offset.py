@@ -206,6 +206,10 @@ class OffsetLinear(AdapterLinear):
         """Return what the stored base weight lacks of the original, fp32; 0.0 where nothing."""
         return 0.0 if self.residual_of is None else self._product(self.residual_of)
 
+    def original(self, weight: Tensor) -> Tensor:
+        """Return a stored base weight, fp32, with what it lacks put back; the same tensor where nothing."""
+        return weight if self.residual_of is None else weight + self.taken_out()
+
     def after_change(self) -> None:
         """Write the residual into the base, where an adapter asks for it and has not done so."""
         for name, config in self.configs.items():

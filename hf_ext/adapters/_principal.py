@@ -77,9 +77,8 @@ class PrincipalLinear(RecomputedLinear, OffsetLinear):
     def initial_values(self, r: int, config: Any, weight: Tensor | None) -> dict[str, Tensor]:
         """Return the trained tensors and the basis from the leading r triplets of the base weight."""
         assert weight is not None
-        weight = weight + self.taken_out()  # the second adapter starts from W0 as the first one did
         svd = truncated_svd(
-            weight,
+            self.original(weight),  # a second adapter starts from W0 as the first one did
             r,
             oversample=config.oversample,
             n_iter=config.n_iter,

@@ -252,7 +252,7 @@ class LoraGaLinear(StartsFromData, OffsetLinear):
         if config.norm_clip:
             scale = config.scale_of(self.module_name)
             largest = scale * (b @ a).abs().max()
-            limit = (self.base_weight() + self.taken_out()).abs().max().to(largest.device)
+            limit = self.original(self.base_weight()).abs().max().to(largest.device)
             if largest > limit > 0.0:
                 root = (limit / largest).sqrt()
                 a, b = a * root, b * root
@@ -265,7 +265,7 @@ class LoraGaLinear(StartsFromData, OffsetLinear):
         if config.scale == "gd":
             return 1.0 / scale
         if config.scale == "weightS":
-            weight = self.base_weight() + self.taken_out()
+            weight = self.original(self.base_weight())
             sigma = truncated_svd(weight, r, seed=config.seed, name=self.module_name).s
             return float((sigma / scale).sqrt().mean())
         return 1.0

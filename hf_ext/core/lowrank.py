@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._compat.torch import rows_times_transposed
 from .checks import check, check_choice
 
 
@@ -111,13 +112,13 @@ def _block_lanczos(
     scale = 0.0
     for step in range(steps):
         now, known = slice(step * block, (step + 1) * block), (step + 1) * block
-        forward = (matrix @ right[now].T.contiguous()).T  # (block, m)
+        forward = rows_times_transposed(right[now], matrix)  # (block, m)
         left[now], _, scale = _new_directions(forward, left[: step * block], scale)
-        image = left[now] @ matrix  # (block, n)
-        along = image @ right[:known].T
+        image = rows_times_transposed(left[now], matrix.T)  # (block, n)
+        along = rows_times_transposed(image, right[:known])
         new = slice(known, known + block)
         right[new], small[now, new], scale = _new_directions(
-            image - along @ right[:known], right[:known], scale
+            image - rows_times_transposed(along, right[:known].T), right[:known], scale
         )
         small[now, :known] = along
     a, s, b = torch.linalg.svd(small, full_matrices=False)
@@ -127,7 +128,7 @@ def _block_lanczos(
 def _new_directions(rows: Tensor, known: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
     """Return an orthonormal basis of what rows add to known ones, rows in it, and the largest size met."""
     if len(known):
-        rows = rows - (rows @ known.T) @ known
+        rows = rows - rows_times_transposed(rows_times_transposed(rows, known), known.T)
     q, upper = torch.linalg.qr(rows.T)
     size = upper.diagonal().abs()
     smallest, largest = float(size.min()), float(size.max())

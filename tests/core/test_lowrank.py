@@ -45,8 +45,9 @@ def test_identities_hold_whatever_the_quality(shape: tuple[int, int], n_iter: in
     # A flat spectrum is the worst case: the subspace is not found, yet the start of an adapter must cancel.
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     svd = truncated_svd(weight, 4, n_iter=n_iter, oversample=0, driver=driver)
-    torch.testing.assert_close(svd.u.T @ svd.u, torch.eye(4), rtol=0.0, atol=2e-6)
-    torch.testing.assert_close(svd.vh @ svd.vh.T, torch.eye(4), rtol=0.0, atol=2e-6)
+    # Over many seeds the worst entry is 4e-6, with either library's products.
+    torch.testing.assert_close(svd.u.T @ svd.u, torch.eye(4), rtol=0.0, atol=8e-6)
+    torch.testing.assert_close(svd.vh @ svd.vh.T, torch.eye(4), rtol=0.0, atol=8e-6)
     # Products of fp32 with entries around the largest singular value, some 20: 1e-6 of it.
     torch.testing.assert_close(svd.u.T @ weight, svd.s[:, None] * svd.vh, rtol=0.0, atol=5e-5)
 
