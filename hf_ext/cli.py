@@ -273,8 +273,9 @@ def _info(parsed: argparse.Namespace) -> int:
 def _refine(parsed: argparse.Namespace) -> int:
     from .training.refine import refine_run
 
-    written = refine_run(parsed.run_dir, norm=parsed.norm, tau=parsed.tau, drop_zero=not parsed.keep_zero)
-    for path in written:
+    found = refine_run(parsed.run_dir, norm=parsed.norm, tau=parsed.tau, drop_zero=not parsed.keep_zero)
+    _say(found.summary())
+    for path in found.files:
         _say(f"wrote {path}")
     return 0
 

@@ -18,10 +18,12 @@ from .hypergradient import agreement as agreement
 from .infinite_lr import InfiniteLRCallback as InfiniteLRCallback
 from .infinite_lr import InfiniteLRCurve as InfiniteLRCurve
 from .refined_linear_decay import LinearDecayCurve as LinearDecayCurve
+from .refined_linear_decay import PolynomialDecay as PolynomialDecay
 from .refined_linear_decay import RecordedNorms as RecordedNorms
 from .refined_linear_decay import RefinedLinearDecayCallback as RefinedLinearDecayCallback
 from .refined_linear_decay import TableCurve as TableCurve
 from .refined_linear_decay import median_filter as median_filter
+from .refined_linear_decay import polynomial_decay as polynomial_decay
 from .refined_linear_decay import recorded_norms as recorded_norms
 from .refined_linear_decay import refined_schedule as refined_schedule
 from .weight_average import WeightAverageCallback as WeightAverageCallback

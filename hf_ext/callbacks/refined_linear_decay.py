@@ -32,14 +32,17 @@ from ..core.checks import check, check_choice
 from ..core.state import load_state, save_state
 from ._base import Neutral, Run, register_callback, whole
 from ._gradients import before_clipping, gradient_norm
+from ._polynomial_decay import PolynomialDecay, polynomial_decay
 from ._schedule import Curve, LearningRateCallback
 
 __all__ = [
     "LinearDecayCurve",
+    "PolynomialDecay",
     "RecordedNorms",
     "RefinedLinearDecayCallback",
     "TableCurve",
     "median_filter",
+    "polynomial_decay",
     "recorded_norms",
     "refined_schedule",
 ]

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..callbacks.refined_linear_decay import norm_for, recorded_norms, refined_schedule
+from ..callbacks.refined_linear_decay import (
+    PolynomialDecay,
+    norm_for,
+    polynomial_decay,
+    recorded_norms,
+    refined_schedule,
+)
 from ..core.checks import check_choice, require
 from ..core.files import write_bytes, write_json
 
 NAME = "refined_schedule"
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """What was made of a run's norms.
+
+    Args:
+        polynomial: The schedule in two numbers.
+        files: The files written.
+    """
+
+    polynomial: PolynomialDecay
+    files: list[Path]
+
+    def summary(self) -> str:
+        """Return the two numbers as a line."""
+        found = self.polynomial
+        if found.power is None:
+            return f"nearest polynomial decay: none, the peak is at {found.warmup:.3g} of the run"
+        return (
+            f"nearest polynomial decay: warm-up over {found.warmup:.3g} of the run, power {found.power:.3g} "
+            f"(rms error {found.rms_error:.2g} of the peak)"
+        )
+
+
 def refine_run(
     run_dir: str | Path, *, norm: str = "auto", tau: float = 0.1, drop_zero: bool = True
-) -> list[Path]:
+) -> Refinement:
     """Write `refined_schedule.json` and, with matplotlib, `refined_schedule.png` into a run's folder.
 
-    The JSON file holds the multiples of the peak rate (`factors`), one for each update, and what they were
-    made from. A later run takes the folder: `RefinedLinearDecayCallback(mode="refined", norms=run_dir)`.
+    The JSON file holds the multiples of the peak rate (`factors`), one for each update, what they were made
+    from, and the nearest polynomial decay (`polynomial`), which can be carried to another run length. A later
+    run takes the folder: `RefinedLinearDecayCallback(mode="refined", norms=run_dir)`.
 
     Args:
         run_dir: Output folder of a run that recorded its gradient norms.
         norm: "l1", "l2", or "auto" for what suits the run's optimizer.
         tau: Window of the median filter as a share of the run, in (0, 0.5].
         drop_zero: Whether the last update keeps a rate above 0.
-
-    Returns:
-        The files written.
 
     Raises:
         ValueError: The folder has no recorded norms, they are damaged, or a setting is out of range.
@@ -38,14 +67,15 @@ def refine_run(
     recorded = recorded_norms(run_dir)
     norm = norm_for(recorded.optimizer) if norm == "auto" else norm
     factors = refined_schedule(recorded.of(norm), norm=norm, tau=tau, drop_zero=drop_zero).tolist()
+    polynomial = polynomial_decay(factors, drop_zero=drop_zero)
     path = Path(run_dir) / f"{NAME}.json"
     settings = {"norm": norm, "tau": tau, "drop_zero": drop_zero, "optimizer": recorded.optimizer}
-    write_json(path, {**settings, "factors": factors})
+    write_json(path, {**settings, "polynomial": dataclasses.asdict(polynomial), "factors": factors})
     if find_spec("matplotlib") is None:
-        return [path]
+        return Refinement(polynomial, [path])
     plot = path.with_suffix(".png")
     write_bytes(plot, _plot(recorded.of(norm).tolist(), factors, norm))
-    return [path, plot]
+    return Refinement(polynomial, [path, plot])
 
 
 def _plot(norms: list[float], factors: list[float], norm: str) -> bytes:

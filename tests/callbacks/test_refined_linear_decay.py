@@ -20,8 +20,10 @@ from hf_ext.callbacks import (
     RefinedLinearDecayCallback,
     TableCurve,
     median_filter,
+    polynomial_decay,
     recorded_norms,
     refined_schedule,
+    schedule_rates,
 )
 from hf_ext.core.state import load_state, save_state
 from tests.callbacks.runs import build, equal, logged, parameters, rows, tiny_model
@@ -390,6 +392,56 @@ def test_logs_and_files_are_json(tmp_path: Path) -> None:
     build(tmp_path, RefinedLinearDecayCallback()).train()
     json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
     assert json.loads((tmp_path / "gradient_norms.json").read_text())["scalars"] == {"optimizer": "AdamW"}
+
+
+# In two numbers -----------------------------------------------------------------------------------
+
+
+def test_a_polynomial_is_recovered() -> None:
+    # Two updates of warm-up, then the squares of 1, 3/4, 1/2, 1/4.
+    found = polynomial_decay([0.0, 0.5, 1.0, 0.5625, 0.25, 0.0625])
+    assert found.warmup == 2 / 6
+    assert found.power == pytest.approx(2.0, rel=1e-7)
+    assert found.rms_error == pytest.approx(0.0, abs=1e-7)
+    # The paper's form ends at 0: squares of 1, 2/3, 1/3, 0.
+    ends = polynomial_decay([0.0, 3.0, 4 / 3, 1 / 3, 0.0], drop_zero=False)
+    assert (ends.warmup, ends.power) == (0.2, pytest.approx(2.0, rel=1e-7))
+    linear = polynomial_decay(refined_schedule([3.0] * 50, norm="l2"))
+    assert (linear.warmup, linear.power) == (0.0, pytest.approx(1.0, rel=1e-7))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_power_has_the_least_squares(seed: int) -> None:
+    draw = random.Random(seed)
+    norms = [draw.uniform(1.0, 2.0) * math.exp(-3 * seed * step / 60) for step in range(60)]
+    factors = refined(norms, norm="l1", drop_zero=True)
+    found = polynomial_decay(factors)
+    peak = max(range(60), key=factors.__getitem__)
+    assert found.warmup == peak / 60
+
+    def missed(power: float, first: int) -> float:
+        form = [k / peak if k < peak else (1 - (k - peak) / (60 - peak)) ** power for k in range(60)]
+        return sum((a - b) ** 2 for a, b in list(zip(form, factors, strict=True))[first:])
+
+    assert found.power is not None
+    assert found.rms_error == pytest.approx(math.sqrt(missed(found.power, 0) / 60), rel=1e-9)
+    others = [0.02 * 1.05**k for k in range(170)]  # 0.02 to 76
+    assert missed(found.power, peak) <= min(missed(power, peak) for power in others)
+    assert missed(found.power, peak) < min(missed(found.power * f, peak) for f in (0.999, 1.001))
+
+
+def test_transformers_has_the_same_curve() -> None:
+    """What the summary is for: the two numbers give the curve at another length by upstream's own name."""
+    rates = schedule_rates("polynomial", 90, 1.0, warmup_steps=18, power=1.7, lr_end=0.0)
+    found = polynomial_decay(rates)
+    assert (found.warmup, found.power) == (0.2, pytest.approx(1.7, rel=1e-7))
+    assert found.rms_error == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("bad", [[1.0], [0.0, 0.0], [1.0, -0.1], [1.0, math.nan], [[1.0, 0.5]]])
+def test_what_is_no_schedule_has_no_polynomial(bad: Any) -> None:
+    with pytest.raises(ValueError, match="factors must be"):
+        polynomial_decay(bad)
 
 
 def test_every_setting_is_described() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_ext.callbacks import recorded_norms, refined_schedule
+from hf_ext.callbacks import polynomial_decay, recorded_norms, refined_schedule
 from hf_ext.cli import main
 from hf_ext.core.state import save_state
 
@@ -31,9 +31,19 @@ def test_it_writes_the_schedule_and_a_plot(run_dir: Path, capsys: pytest.Capture
     assert main(["schedule", "refine", str(run_dir)]) == 0
     found = json.loads((run_dir / "refined_schedule.json").read_text())
     expected = refined_schedule(recorded_norms(run_dir).l1, norm="l1").tolist()
-    assert found == {"norm": "l1", "tau": 0.1, "drop_zero": True, "optimizer": "AdamW", "factors": expected}
+    polynomial = vars(polynomial_decay(expected))
+    assert found == {
+        "norm": "l1",
+        "tau": 0.1,
+        "drop_zero": True,
+        "optimizer": "AdamW",
+        "polynomial": polynomial,
+        "factors": expected,
+    }
     assert (run_dir / "refined_schedule.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("wrote ") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["nearest", "wrote", "wrote"]
+    assert f"power {polynomial['power']:.3g} " in lines[0]
 
 
 def test_options_reach_the_schedule(run_dir: Path) -> None:
@@ -42,6 +52,19 @@ def test_options_reach_the_schedule(run_dir: Path) -> None:
     norms = recorded_norms(run_dir).l2
     assert found == refined_schedule(norms, norm="l2", tau=0.3, drop_zero=False).tolist()
     assert found[-1] == 0.0
+    whole = json.loads((run_dir / "refined_schedule.json").read_text())
+    assert whole["polynomial"] == vars(polynomial_decay(found, drop_zero=False))
+
+
+def test_a_peak_at_the_end_has_no_polynomial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Norms that fall by a factor of 4 with each update: most of the weight is on the last one.
+    l2 = 4.0 ** -torch.arange(20.0).double()
+    tensors = {"step": torch.arange(1, 21), "l1": l2, "l2": l2}
+    save_state(tmp_path, "gradient_norms", {"optimizer": "AdamW"}, tensors)
+    assert main(["schedule", "refine", str(tmp_path), "--tau", "0.01"]) == 0
+    found = json.loads((tmp_path / "refined_schedule.json").read_text())
+    assert found["polynomial"] == {"warmup": 0.95, "power": None, "rms_error": None}
+    assert capsys.readouterr().out.startswith("nearest polynomial decay: none, the peak is at 0.95")
 
 
 @pytest.mark.parametrize(
