@@ -8,9 +8,10 @@ batches of 2 x 256 tokens, fp32:
 - plain, r = 64, against LoRA of the rank nearest to as many trained parameters;
 - bat, r = 64, against PEFT's MiSS with init_weights="bat" and the same r: the same function.
 
-Two methods take turns within one process, and ratios are taken within each round. Peak memory (resident set)
-needs a process of its own for each method; "base" is the model that trains nothing, to show what the weights
-and the libraries take.
+Two methods take turns within one process, and ratios are taken within each round. Peak memory needs a process
+of its own for each method, and is given twice: as the resident set, libraries and allocator included ("base"
+is the model that trains nothing), and as the bytes of all tensors alive at once in a step, which is what
+`torch.cuda.max_memory_allocated` counts on a GPU; the latter with one sequence of 256 tokens and with two.
 
 And a small regression task (alone with --effect). An MLP 32-128-128-10 is trained on a random teacher of its
 own shape, then adapted for 200 Adam steps to the teacher with a rank-3 change (60 % of the norm) of its
@@ -27,6 +28,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from hf_ext.adapters import BoneConfig
 
 R = 64
 BATCH = (2, 256)
+TOKEN_BATCHES = ((1, 256), (2, 256))
 PAIRS = (("plain", "lora"), ("bat", "miss bat"))
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = ("base", *(name for pair in PAIRS for name in pair))
@@ -77,11 +80,11 @@ def build(method: str) -> torch.nn.Module:
 class Run:
     """One method's model, optimizer and data."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, batch: tuple[int, int] = BATCH) -> None:
         self.model = build(method)
         self.trained = [p for p in self.model.parameters() if p.requires_grad] if method != "base" else []
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0) if self.trained else None
-        self.ids = torch.randint(0, self.model.config.vocab_size, BATCH)
+        self.ids = torch.randint(0, self.model.config.vocab_size, batch)
 
     def step(self) -> float:
         """Take one training step and return its seconds."""
@@ -188,6 +191,27 @@ def peak_bytes() -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
+def tensor_bytes(run: Run) -> int:
+    """Return the most bytes that tensors take at once in a step, with weights and optimizer state."""
+    kept = [*run.model.parameters(), *run.model.buffers()]
+    states = run.optimizer.state.values() if run.optimizer else ()
+    kept += [value for state in states for value in state.values() if torch.is_tensor(value)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    with (
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        run.step()
+        trace = Path(folder, "trace.json")
+        profile.stop()
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return sum(storages.values()) + max(itertools.accumulate(change for _, change in changes))
+
+
 def main() -> None:
     """Measure and print; with --out write the numbers as JSON too."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -196,6 +220,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--effect", action="store_true", help="the regression task alone")
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--tensors-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--time-of", choices=[ours for ours, _ in PAIRS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -208,12 +233,25 @@ def main() -> None:
             run.step()
         print(peak_bytes())
         return
+    if options.tensors_of:
+        found = []
+        for batch in TOKEN_BATCHES:
+            run = Run(options.tensors_of, batch)
+            run.step()  # the optimizer has its state from the second on
+            found.append(tensor_bytes(run))
+        print(json.dumps(found))
+        return
     if options.time_of:
         print(json.dumps(time_pair(options.time_of, dict(PAIRS)[options.time_of], options.rounds)))
         return
     threads = ("--threads", str(options.threads))
     peaks = {method: int(in_own_process("--peak-of", method, *threads)) for method in METHODS}
-    table: dict[str, Any] = {"peak_bytes": peaks}
+    tensors = {
+        method: json.loads(in_own_process("--tensors-of", method, *threads))
+        for pair in PAIRS
+        for method in pair
+    }
+    table: dict[str, Any] = {"peak_bytes": peaks, "tensor_bytes": tensors}
     print(f"r {R}, LoRA rank {lora_rank()}, {options.rounds} rounds, {options.threads} threads")
     for method, peak in peaks.items():
         print(
@@ -224,11 +262,13 @@ def main() -> None:
         row = json.loads(in_own_process("--time-of", ours, "--rounds", str(options.rounds), *threads))
         row["peak_ratio"] = peaks[ours] / peaks[theirs]
         row["peak_ratio_above_base"] = (peaks[ours] - peaks["base"]) / (peaks[theirs] - peaks["base"])
+        row["tensor_ratios"] = [a / b for a, b in zip(tensors[ours], tensors[theirs], strict=True)]
         table[ours] = row
         print(
             f"{ours} / {theirs}: {row['seconds'][ours]:.2f} s / {row['seconds'][theirs]:.2f} s, "
             f"time ratio {row['ratio']:.3f} ({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}), "
-            f"peak ratio {row['peak_ratio']:.3f}, above the base {row['peak_ratio_above_base']:.3f}"
+            f"peak ratio {row['peak_ratio']:.3f}, above the base {row['peak_ratio_above_base']:.3f}, "
+            f"of tensors {', '.join(f'{ratio:.3f}' for ratio in row['tensor_ratios'])}"
         )
     table["effect"] = effect()
     print(json.dumps(table["effect"], indent=2))
