@@ -181,6 +181,8 @@ class _Task:
         self.checkpoint = Checkpoint(folder, name)
         check(self.checkpoint.is_adapter, "adapters", str(folder), "folders of LoRA adapters")
         self.adapter = read_adapter(self.checkpoint)
+        beside = sorted({*self.adapter.embeddings, *self.adapter.bases})
+        check(not beside, "target_modules", beside, "without embeddings and heads", where=name)
         self.turned: dict[str, tuple[Tensor, Tensor]] = {}
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:

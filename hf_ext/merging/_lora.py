@@ -4,7 +4,8 @@ Source of the scale: PEFT, s = alpha / r, or alpha / sqrt(r) with use_rslora; al
 config has patterns. A weighted sum of updates is the product of the stacked factors, [w_1 s_1 B_1 ...] and
 [A_1; ...], so that it is exact at the sum of the ranks, and truncated by the QR factors of both and a small
 SVD below it; the update itself is never formed. Other methods see the updates as tensors, one module at a
-time.
+time. An embedding's factors are stored the other way round: its update is s (B A)^T. The base weights that PEFT
+saves beside the factors of embeddings and heads are no part of the update; they are carried over.
 
 What PEFT would compute otherwise than as s B A is refused by name: `add_weighted_adapter` of PEFT 0.21 merges
 such adapters without a word into something else.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..core.checks import check
 from ..core.lowrank import recompress, truncated_svd
-from ._align import excluded
+from ._align import excluded, same_bytes
 from ._base import MergeMethod, TensorInfo
 from ._checkpoint import DTYPES, Checkpoint, Entry
 from ._config import MergeConfig
@@ -41,6 +42,9 @@ _REFUSED = (
     "target_parameters", "trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_KINDS = {"A.weight": "A", "B.weight": "B", "embedding_A": "A", "embedding_B": "B"}
+_BASE = ".base_layer.weight"
+_UNTIED = "lm_head.weight"
 # What averaging of factors needs to be equal.
 _SHAPING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "peft_type")
 
@@ -53,25 +57,42 @@ class Adapter:
         checkpoint: Its file.
         modules: Entries of A and B, and the scale, by module path.
         full: Tensors that were trained whole (modules_to_save), by their name in the base.
+        embeddings: Those of the modules that are embeddings: A is (r, num_embeddings), B (embedding_dim, r).
+        bases: Base weights that the file holds beside factors, by module path.
     """
 
     checkpoint: Checkpoint
     modules: Mapping[str, tuple[Entry, Entry, float]]
     full: Mapping[str, Entry]
+    embeddings: frozenset[str] = frozenset()
+    bases: Mapping[str, Entry] = field(default_factory=dict)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """Return s B (out_features, r) and A (r, in_features), fp32."""
+        """Return fp32 factors of the update: s B (out_features, r) and A (r, in_features).
+
+        For an embedding s A^T (num_embeddings, r) and B^T (r, embedding_dim).
+        """
         a, b, scale = self.modules[module]
-        return _tensor(self.checkpoint, b).mul_(scale), _tensor(self.checkpoint, a)
+        left, right = _tensor(self.checkpoint, b), _tensor(self.checkpoint, a)
+        if module in self.embeddings:
+            left, right = right.T.contiguous(), left.T.contiguous()
+        return left.mul_(scale), right
 
     def rank(self, module: str) -> int:
         """Return a module's rank."""
         return self.modules[module][0].shape[0]
 
     def shape(self, module: str) -> tuple[int, int]:
-        """Return the shape of a module's update, (out_features, in_features)."""
+        """Return an update's shape: (out_features, in_features) or (num_embeddings, embedding_dim)."""
         a, b, _ = self.modules[module]
-        return b.shape[0], a.shape[1]
+        shape = b.shape[0], a.shape[1]
+        return shape[::-1] if module in self.embeddings else shape
+
+    def keys(self, module: str) -> tuple[str, str]:
+        """Return the keys in the file of what `factors` returns, left and right."""
+        turned = module in self.embeddings
+        left, right = ("embedding_A", "embedding_B") if turned else ("B.weight", "A.weight")
+        return f"{_PREFIX}{module}.lora_{left}", f"{_PREFIX}{module}.lora_{right}"
 
 
 def _tensor(checkpoint: Checkpoint, entry: Entry) -> Tensor:
@@ -148,16 +169,20 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
     _check_config(config, where)
     pairs: dict[str, dict[str, Entry]] = {}
     full: dict[str, Entry] = {}
+    embeddings: set[str] = set()
     for key, entry in checkpoint.tensors.items():
         name = key.removeprefix(_PREFIX)
         module, marked, kind = name.partition(".lora_")
         if not marked:
             full[name] = entry
             continue
-        check(kind in ("A.weight", "B.weight"), "tensor", key, "lora_A.weight or lora_B.weight", where=where)
-        rule = "a float matrix; updates of other layers than linear ones cannot be merged"
+        rule = "lora_A.weight or lora_B.weight, or an embedding's lora_embedding_A or lora_embedding_B"
+        check(kind in _KINDS, "tensor", key, rule, where=where)
+        rule = "a float matrix; updates of other layers than linear ones and embeddings cannot be merged"
         check(entry.is_float and len(entry.shape) == 2, key, list(entry.shape), rule, where=where)
-        pairs.setdefault(module, {})[kind[0]] = entry
+        pairs.setdefault(module, {})[_KINDS[kind]] = entry
+        if kind.startswith("embedding"):
+            embeddings.add(module)
     check(bool(pairs), "adapter_model.safetensors", sorted(full)[:3], "one with LoRA tensors", where=where)
     modules: dict[str, tuple[Entry, Entry, float]] = {}
     for module, pair in sorted(pairs.items()):
@@ -166,7 +191,8 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
         rule = f"of the rank of lora_A, {a.shape[0]}"
         check(b.shape[1] == a.shape[0] > 0, f"{module}.lora_B", list(b.shape), rule, where=where)
         modules[module] = (a, b, _scale(config, module, a.shape[0], where))
-    return Adapter(checkpoint, modules, full)
+    bases = {module: full.pop(f"{module}{_BASE}") for module in modules if f"{module}{_BASE}" in full}
+    return Adapter(checkpoint, modules, full, frozenset(embeddings), bases)
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
@@ -239,6 +265,12 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
         further = sorted({*other.modules, *other.full} - {*first.modules, *first.full})
         problems += [f"{label} lacks {', '.join(lacking)}"] if lacking else []
         problems += [f"only {label} has {', '.join(further)}"] if further else []
+        for module, entry in first.bases.items():
+            beside = other.bases.get(module)
+            if beside is None or not _same(first.checkpoint, entry, other.checkpoint, beside):
+                problems.append(f"{module}{_BASE} of {label} is not {name}'s")
+        for module in sorted(set(other.bases) - set(first.bases)):
+            problems.append(f"only {label} has {module}{_BASE}")
         for module in first.modules:
             if module in other.modules and other.shape(module) != first.shape(module):
                 problems.append(
@@ -250,6 +282,10 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
             problems.append(f"fan_in_fan_out of {label} differs from {name}'s")
     if problems:
         raise ValueError(f"the adapters cannot be merged: {'; '.join(problems)}")
+
+
+def _same(one: Checkpoint, a: Entry, other: Checkpoint, b: Entry) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and same_bytes(one, a, other, b)
 
 
 def _into_base(
@@ -287,14 +323,21 @@ def _operands_on_base(
     problems: list[str] = []
     for module in adapters[0].modules:
         name = f"{module}.weight"
-        shape = adapters[0].shape(module)
-        wanted = shape[::-1] if transposed else shape
+        shape, embedding = adapters[0].shape(module), module in adapters[0].embeddings
+        tied = embedding and base.config.get("tie_word_embeddings", _UNTIED not in base.tensors)
+        rule = "false: the head of a tied base would change with the updated embeddings; untie it first"
+        check(not tied, "tie_word_embeddings", True, rule, where=base.label)
+        turned = transposed and not embedding
+        wanted = shape[::-1] if turned else shape
         entry = base.tensors.get(name)
         if entry is None or entry.shape != wanted or not entry.is_float:
             found = "none" if entry is None else f"{list(entry.shape)} {entry.dtype}"
             problems.append(f"{name} {list(wanted)} (the base has {found})")
             continue
-        made[name] = tuple(Update(adapter, module, transposed) for adapter in adapters)
+        saved = adapters[0].bases.get(module)
+        if saved is not None and not _same(base, entry, adapters[0].checkpoint, saved):
+            problems.append(f"{name} (the adapter's file has another one, in {module}{_BASE})")
+        made[name] = tuple(Update(adapter, module, turned) for adapter in adapters)
     for name in adapters[0].full:
         entry = base.tensors.get(name)
         if entry is None or any(adapter.full[name].shape != entry.shape for adapter in adapters):
@@ -340,10 +383,14 @@ def _product(config: MergeConfig, method: MergeMethod, parents: Parents, adapter
     stored = config.stored_dtype()
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for module in first.modules:
-        out_features, in_features = first.shape(module)
+        rows, columns = first.shape(module)
         dtype = stored or first.modules[module][0].dtype
-        tensors.append((f"{_PREFIX}{module}.lora_A.weight", dtype, (rank, in_features)))
-        tensors.append((f"{_PREFIX}{module}.lora_B.weight", dtype, (out_features, rank)))
+        left, right = first.keys(module)
+        turned = module in first.embeddings
+        tensors.append((left, dtype, (rank, rows) if turned else (rows, rank)))
+        tensors.append((right, dtype, (columns, rank) if turned else (rank, columns)))
+    for module, entry in first.bases.items():
+        tensors.append((f"{_PREFIX}{module}{_BASE}", entry.dtype, entry.shape))
     for name, entry in first.full.items():
         tensors.append((_PREFIX + name, stored or entry.dtype, entry.shape))
     refuse_doubles({name: dtype for name, dtype, _ in tensors})
@@ -366,21 +413,52 @@ def _product_tasks(
     place = positions(names)
     tasks: list[Task] = []
     for index, module in enumerate(first.modules):
-        pair = tuple(slots[f"{_PREFIX}{module}.lora_{side}.weight"] for side in "BA")
+        left, right = (slots[key] for key in first.keys(module))
+        pair = Pair(left, right, rank, turned=module in first.embeddings)
         operands = tuple(Update(adapter, module) for adapter in adapters)
         name = f"{module}.weight"
         info = _info(method, name, first.shape(module), index, place[name], parents.own, operands)
         if method.weighted_sum:
-            tasks.append(Task(info, None, operands, None, make=Stacked(method, adapters, module, pair, rank)))
+            tasks.append(Task(info, None, operands, None, make=Stacked(method, adapters, module, pair)))
         else:
-            tasks.append(Task(info, None, operands, None, finish=Truncated(module, pair, rank)))
+            tasks.append(Task(info, None, operands, None, finish=Truncated(module, pair)))
     for index, (name, entry) in enumerate(first.full.items(), start=len(tasks)):
         stored = tuple(Stored(adapter.checkpoint, adapter.full[name]) for adapter in adapters)
         alike = all(one.entry.shape == entry.shape and one.entry.is_float for one in stored)
         check(alike, name, [list(one.entry.shape) for one in stored], "a float tensor of one shape in all")
         info = _info(method, name, entry.shape, index, place[name], parents.own, stored)
         tasks.append(Task(info, slots[_PREFIX + name], stored, None))
+    for index, (module, entry) in enumerate(first.bases.items(), start=len(tasks)):
+        slot = slots[f"{_PREFIX}{module}{_BASE}"]
+        info = TensorInfo(f"{module}{_BASE}", entry.shape, index, 1, {})
+        tasks.append(Task(info, slot, (Stored(first.checkpoint, entry),), None, merged=False))
     return tasks
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where the factors of a merged update go.
+
+    Args:
+        left: Place of the left factor, (rows, rank) or, turned, (rank, rows).
+        right: Place of the right factor, (rank, columns) or, turned, (columns, rank).
+        rank: The rank; smaller factors are padded with zeros.
+        turned: Whether both are stored transposed, as an embedding's are.
+    """
+
+    left: Slot
+    right: Slot
+    rank: int
+    turned: bool
+
+    def placed(self, b: Tensor, a: Tensor) -> list[tuple[Slot, Tensor]]:
+        """Return b (rows, k) and a (k, columns), k at most the rank, as they are stored."""
+        missing = self.rank - a.shape[0]
+        b = torch.nn.functional.pad(b, (0, missing))
+        a = torch.nn.functional.pad(a, (0, 0, 0, missing))
+        if self.turned:
+            b, a = b.T, a.T
+        return [(self.left, b.contiguous()), (self.right, a.contiguous())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -390,8 +468,7 @@ class Stacked:
     method: MergeMethod
     adapters: Sequence[Adapter]
     module: str
-    slots: tuple[Slot, ...]
-    rank: int
+    pair: Pair
 
     def __call__(self, task: Task) -> tuple[list[tuple[Slot, Tensor]], dict[str, float]]:
         weights = self.method.coefficients(task.info)
@@ -399,9 +476,9 @@ class Stacked:
         b = torch.cat([left.mul_(weight) for (left, _), weight in zip(pairs, weights, strict=True)], dim=1)
         a = torch.cat([right for _, right in pairs])
         dropped = 0.0
-        if a.shape[0] > self.rank:
-            b, a, dropped = recompress(b, a, rank=self.rank, tol=0.0)
-        return _padded(self.slots, b, a, self.rank), {"dropped_energy": dropped}
+        if a.shape[0] > self.pair.rank:
+            b, a, dropped = recompress(b, a, rank=self.pair.rank, tol=0.0)
+        return self.pair.placed(b, a), {"dropped_energy": dropped}
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,25 +486,15 @@ class Truncated:
     """Makes factors of a merged update by truncating it."""
 
     module: str
-    slots: tuple[Slot, ...]
-    rank: int
+    pair: Pair
 
     def __call__(self, task: Task, result: Tensor) -> tuple[list[tuple[Slot, Tensor]], dict[str, float]]:
         energy = float(result.double().square().sum())
-        found = truncated_svd(result, min(self.rank, *result.shape), name=self.module)
+        found = truncated_svd(result, min(self.pair.rank, *result.shape), name=self.module)
         root = found.s.sqrt()
         kept = float(found.s.double().square().sum())
         dropped = max(0.0, 1.0 - kept / energy) if energy else 0.0
-        return _padded(self.slots, found.u * root, root[:, None] * found.vh, self.rank), {
-            "dropped_energy": dropped
-        }
-
-
-def _padded(slots: Sequence[Slot], b: Tensor, a: Tensor, rank: int) -> list[tuple[Slot, Tensor]]:
-    missing = rank - a.shape[0]
-    b = torch.nn.functional.pad(b, (0, missing))
-    a = torch.nn.functional.pad(a, (0, 0, 0, missing))
-    return [(slots[0], b.contiguous()), (slots[1], a.contiguous())]
+        return self.pair.placed(found.u * root, root[:, None] * found.vh), {"dropped_energy": dropped}
 
 
 def _settings(adapters: Sequence[Adapter], rank: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def deltas(folder: Path) -> dict[str, Tensor]:
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
         {"use_rslora": True, "rank_pattern": {"up_proj": 3}},
         {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     ],
-    ids=["plain", "rslora", "patterns", "rslora_patterns", "modules_to_save"],
+    ids=["plain", "rslora", "patterns", "rslora_patterns", "modules_to_save", "embeddings"],
 )
 @pytest.mark.parametrize("space", ["product", "merge_into_base", "factors"])
 def test_one_adapter_with_weight_one_is_the_same_model(
@@ -187,6 +189,54 @@ def test_transposed_weights_of_gpt2_are_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_updates_of_embeddings_are_merged_as_those_of_layers(method: str, tmp_path: Path) -> None:
+    settings = {"target_modules": ["embed_tokens", "q_proj"]}
+    pair = [adapter(tmp_path / name, seed, **settings) for seed, name in enumerate("ab")]
+    options = {"out_rank": 8} if method == "linear" else {"out_rank": 64}
+    merged(tmp_path, method, pair, options=options, **({"density": 0.5} if method == "ties" else {}))
+    found, first, second = deltas(tmp_path / "out"), deltas(pair[0]), deltas(pair[1])
+    for module, delta in found.items():
+        if method == "linear":
+            wanted = 0.5 * (first[module] + second[module])
+        else:
+            trimmed = torch.stack([_largest_half(d[module]) for d in (first, second)])
+            elected = trimmed.sum(0).sign()
+            agrees = (trimmed.sign() == elected) & (trimmed != 0)
+            wanted = (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+        torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-5)
+    assert found["model.embed_tokens"].shape == (256, 64)
+    kept = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert torch.equal(kept[key], load_file(pair[0] / "adapter_model.safetensors")[key])
+
+
+def _largest_half(delta: Tensor) -> Tensor:
+    threshold = delta.abs().flatten().sort(descending=True).values[delta.numel() // 2 - 1]
+    return torch.where(delta.abs() >= threshold, delta, torch.zeros_like(delta))
+
+
+def test_embeddings_of_another_base_or_a_tied_one_are_refused(tmp_path: Path) -> None:
+    settings = {"target_modules": ["embed_tokens"]}
+    a, b = adapter(tmp_path / "a", 1, **settings), adapter(tmp_path / "b", 2, **settings)
+    rewrite(b, "embed_tokens.base_layer.weight", lambda tensor: tensor + 1.0)
+    with pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight of b is not a's"):
+        merged(tmp_path, "linear", [a, b])
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight \(the adapter's file has another one"):
+        merged(tmp_path, "linear", [b], tmp_path / "base", options={"space": "merge_into_base"})
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="tie_word_embeddings must be false"):
+        merged(tmp_path, "linear", [a], tmp_path / "base", options={"space": "merge_into_base"})
+    assert not list(tmp_path.glob("*out*"))
+
+
+def rewrite(folder: Path, end: str, change: Callable[[Tensor], Tensor]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({n: change(t) if n.endswith(end) else t for n, t in tensors.items()}, path)
+
+
 # Refusals -----------------------------------------------------------------------------------------
 
 
@@ -196,10 +246,6 @@ def test_transposed_weights_of_gpt2_are_merged(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora must be off"),
         ({"lora_bias": True}, "lora_bias must be off"),
         ({"bias": "lora_only"}, "bias must be 'none'"),
-        (
-            {"target_modules": ["q_proj", "embed_tokens"]},
-            "tensor must be lora_A.weight or lora_B.weight, got .*lora_embedding_A",
-        ),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices must be off"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
