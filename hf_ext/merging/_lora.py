@@ -4,8 +4,8 @@ Source of the scale: PEFT, s = alpha / r, or alpha / sqrt(r) with use_rslora; al
 config has patterns. A weighted sum of updates is the product of the stacked factors, [w_1 s_1 B_1 ...] and
 [A_1; ...], so that it is exact at the sum of the ranks, and truncated by the QR factors of both and a small
 SVD below it; the update itself is never formed. Other methods see the updates as tensors, one module at a
-time. An embedding's factors are stored the other way round: its update is s (B A)^T. The base weights that PEFT
-saves beside the factors of embeddings and heads are no part of the update; they are carried over.
+time. An embedding's factors are stored the other way round: its update is s (B A)^T. The base weights that
+PEFT saves beside the factors of embeddings and heads are no part of the update; they are carried over.
 
 What PEFT would compute otherwise than as s B A is refused by name: `add_weighted_adapter` of PEFT 0.21 merges
 such adapters without a word into something else.

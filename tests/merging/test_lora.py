@@ -194,7 +194,8 @@ def test_updates_of_embeddings_are_merged_as_those_of_layers(method: str, tmp_pa
     settings = {"target_modules": ["embed_tokens", "q_proj"]}
     pair = [adapter(tmp_path / name, seed, **settings) for seed, name in enumerate("ab")]
     options = {"out_rank": 8} if method == "linear" else {"out_rank": 64}
-    merged(tmp_path, method, pair, options=options, **({"density": 0.5} if method == "ties" else {}))
+    own: dict[str, Any] = {"density": 0.5} if method == "ties" else {}
+    merged(tmp_path, method, pair, options=options, **own)
     found, first, second = deltas(tmp_path / "out"), deltas(pair[0]), deltas(pair[1])
     for module, delta in found.items():
         if method == "linear":

@@ -380,9 +380,11 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     dora = adapter(tmp_path / "dora", 1, use_dora=True)
     with pytest.raises(ValueError, match="use_dora must be off"):
         store_adapters([first, dora], tmp_path / "s")
-    embedding = adapter(tmp_path / "embedding", 1, target_modules=["embed_tokens"])
+    module = "base_model.model.model.embed_tokens"
+    sides = {f"{module}.lora_embedding_{side}": torch.ones(16, 16) for side in "AB"}
+    embedding = adapter(tmp_path / "embedding", 1, extra=sides)
     with pytest.raises(ValueError, match="target_modules must be without embeddings and heads"):
-        store_adapters([embedding], tmp_path / "s")
+        store_adapters([first, embedding], tmp_path / "s")
     other = adapter(tmp_path / "other", 1)
     tensors = tensors_of(other)
     name = "base_model.model.model.layers.0.v_proj.lora_B.weight"
