@@ -99,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Options of a schedule follow a colon: --schedules wsd:num_decay_steps=100,cosine",
     )
     predict.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="output folders of the runs")
-    predict.add_argument("--schedules", metavar="A,B", help="names (constant,linear,cosine,wsd,infinite_lr)")
+    predict.add_argument(
+        "--schedules",
+        metavar="A,B",
+        help="names (constant,linear,cosine,wsd,infinite_lr); "
+        "refined takes the norms that the first run recorded",
+    )
     predict.add_argument("--steps", type=int, metavar="N", help="updates of each schedule (those of the run)")
     predict.add_argument("--learning-rate", type=float, metavar="LR", help="their peak (that of the runs)")
     predict.add_argument("--warmup-steps", type=int, metavar="N", help="their warm-up (that of the run)")

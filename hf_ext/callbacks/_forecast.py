@@ -25,6 +25,7 @@ TAIL = 0.03  # share of a schedule; the last 2 % of a cosine are below NO_RATE, 
 NO_ANNEALING = 1e-9  # annealing area over the peak rate
 FAR = 10.0  # ratio of forward areas from which a forecast is an extrapolation to warn of
 PEAK = 1.1
+STEEPEST = 10.0  # exponent of the forward area; losses that do not fall ask for any, however large
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class AnnealingLaw:
 
         Raises:
             ValueError: Fewer than 20 points; forward areas within a factor of 4; a loss that is not finite or
-                not above 0; a trace that does not begin with its run; a setting outside its range.
+                not above 0; losses that follow no power law; a trace that does not begin with its run; a
+                setting outside its range.
         """
         traces = [traces] if isinstance(traces, LossTrace) else list(traces)
         check(bool(traces), "traces", traces, "at least one")
@@ -136,6 +138,8 @@ class AnnealingLaw:
             resamples=resamples,
         )
         l0, a, c, alpha = law.tolist()
+        rule = f"falling along a power law with an exponent of at most {STEEPEST:g}, for a fit"
+        check(alpha <= STEEPEST, "losses", f"points with the exponent {alpha:.3g}", rule)
         return cls(
             L0=l0,
             A=a * eta_ref**alpha,

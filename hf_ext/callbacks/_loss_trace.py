@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ._annealing_fit import rising_steps
 from ._schedule import Curve
 
 TRACE = "annealing_law_trace"
+TRAINING_LOSS = "loss"  # its name in a Trainer's log
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class LossTrace:
     Args:
         rates: (T,) rate of each update from the first on, float64.
         steps: (n,) updates made before each loss was measured, in 1 to T, int64.
-        losses: (n,) held-out losses, nats per token, float64.
+        losses: (n,) held-out losses, or smoothed training losses, nats per token, float64.
         first_step: Optimizer step of the first rate; a fit needs 1.
         warmup_steps: Updates of the warm-up; None for the first stretch that rises at each update.
         context: What the law depends on: model, optimizer, batch_size, weight_decay, and the like.
@@ -61,6 +63,7 @@ class LossTrace:
         rates: Sequence[float] | Tensor | None = None,
         *,
         metric: str = "eval_loss",
+        smooth: float = 0.0,
         context: Mapping[str, Any] | None = None,
     ) -> LossTrace:
         """Return the trace in a Trainer's `state.log_history`.
@@ -68,15 +71,21 @@ class LossTrace:
         Args:
             history: The log.
             rates: Rate of each update, as from `schedule_rates`; None takes those logged, with lines between.
-            metric: The loss's name in the log.
+            metric: The loss's name in the log; "loss" is that of training, which must be smoothed.
+            smooth: For "loss": weight of the former mean at each log, in (0, 1); see `SmoothedLoss`.
             context: As the class's.
 
         Raises:
-            ValueError: No loss of that name, or no rate, is in the log.
+            ValueError: No loss of that name, or no rate, is in the log; a training loss is not smoothed, or
+                goes on after the first epoch.
         """
         history = list(history)
-        points = {int(entry["step"]): float(entry[metric]) for entry in history if metric in entry}
-        points.pop(0, None)
+        check_smooth(smooth, training=metric == TRAINING_LOSS)
+        if metric == TRAINING_LOSS:
+            points = _smoothed(history, smooth)
+        else:
+            points = {int(entry["step"]): float(entry[metric]) for entry in history if metric in entry}
+            points.pop(0, None)
         check(bool(points), "metric", metric, "a number of the log")
         if rates is None:
             known = {int(e["step"]): float(e["learning_rate"]) for e in history if "learning_rate" in e}
@@ -85,6 +94,69 @@ class LossTrace:
         steps = torch.tensor(sorted(points))
         losses = torch.tensor([points[step] for step in steps.tolist()], dtype=torch.float64)
         return cls(torch.as_tensor(rates, dtype=torch.float64), steps, losses, context=context or {})
+
+
+class SmoothedLoss:
+    """A running mean of logged training losses, and the update that it stands for.
+
+    A log holds the mean loss of the updates since the last one. Weights fall by `keep` from each log to the
+    one before and add up to 1. The loss of update i is that of the weights after i - 1 updates; the mean
+    stands for the mean of these numbers with the same weights, so that a loss which falls along a line is
+    not delayed by smoothing.
+
+    Args:
+        keep: Weight of the former mean, in (0, 1); nearer to 1 is smoother.
+    """
+
+    def __init__(self, keep: float) -> None:
+        self.keep = keep
+        self.weight, self.loss, self.place = 0.0, 0.0, 0.0  # sums that are not divided yet
+
+    def add(self, first: int, last: int, loss: float) -> tuple[float, float]:
+        """Take the mean loss of the updates `first` to `last`, from 1.
+
+        Returns:
+            The number of updates that the running mean stands for, and the mean.
+        """
+        new = 1.0 - self.keep
+        self.weight = self.keep * self.weight + new
+        self.loss = self.keep * self.loss + new * loss
+        self.place = self.keep * self.place + new * ((first + last) / 2.0 - 1.0)
+        return self.place / self.weight, self.loss / self.weight
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the sums."""
+        return {"weight": self.weight, "loss": self.loss, "place": self.place}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore them."""
+        self.weight, self.loss, self.place = state["weight"], state["loss"], state["place"]
+
+
+def check_smooth(smooth: float, *, training: bool) -> None:
+    """Check how a loss is to be smoothed.
+
+    Raises:
+        ValueError: A training loss is not smoothed, or another one is.
+    """
+    if training:
+        check(0.0 < smooth < 1.0, "smooth", smooth, "in (0, 1) for the training loss, which is noisy")
+    else:
+        check(smooth == 0.0, "smooth", smooth, "0 for a held-out loss")
+
+
+def _smoothed(history: Iterable[Mapping[str, Any]], smooth: float) -> dict[int, float]:
+    mean, done, points = SmoothedLoss(smooth), 0, {}
+    for entry in history:
+        if TRAINING_LOSS not in entry:
+            continue
+        epoch, step = float(entry.get("epoch", 0.0)), int(entry["step"])
+        rule = "at most 1 for the training loss: the law does not hold for repeated data"
+        check(epoch <= 1.0 + 1e-9, "epoch", epoch, rule, where=f"step {step}")
+        place, loss = mean.add(done + 1, step, float(entry[TRAINING_LOSS]))
+        points[round(place)], done = loss, step
+    points.pop(0, None)
+    return points
 
 
 def _between(known: Mapping[int, float], count: int) -> Tensor:
@@ -113,7 +185,10 @@ def recorded_trace(folder: str | Path) -> LossTrace:
         if {"first_step", "warmup_steps", "context"} <= scalars.keys() and {"rates", "losses"} <= (
             tensors.keys()
         ):
-            return LossTrace(**tensors, **scalars)
+            names = [entry.name for entry in dataclasses.fields(LossTrace)]
+            return LossTrace(
+                **{name: value for name, value in {**tensors, **scalars}.items() if name in names}
+            )
         raise ValueError(f"{Path(folder) / name}.json does not hold a trace of learning rates and losses")
     raise ValueError(f"{folder} holds no trace of a run ({TRACE}.json); train with AnnealingLawCallback()")
 

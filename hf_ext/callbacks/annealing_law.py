@@ -12,12 +12,14 @@ Differs from the paper:
 - Forecasts have an interval, from a bootstrap of residual blocks. It holds the noise of the points and what
   they leave open in the four numbers; it does not hold the law's own error for the run at hand.
 - A trailing stretch without a rate is left out: the law would let the loss fall there.
+- Where nothing is held out, the smoothed training loss can be fitted, each mean at the mean of its updates.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,12 +31,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core import dist
-from ..core.checks import check
+from ..core.checks import check, check_choice
 from ..core.files import write_json
 from ..core.state import save_state
 from ._base import Callback, Neutral, Run, register_callback
 from ._forecast import AnnealingLaw, Forecast, check_fit_settings
-from ._loss_trace import TRACE, LossTrace, curve_rates, recorded_trace, schedule_rates
+from ._loss_trace import (
+    TRACE,
+    TRAINING_LOSS,
+    LossTrace,
+    SmoothedLoss,
+    check_smooth,
+    curve_rates,
+    recorded_trace,
+    schedule_rates,
+)
 
 __all__ = [
     "AnnealingLaw",
@@ -47,6 +58,8 @@ __all__ = [
 ]
 
 LAW = "annealing_law.json"
+TARGETS = ("eval_loss", "smoothed_train_loss")
+POINTS = 50  # smoothed training losses of a run, unless `stride` says otherwise
 NO_LAW_FOR = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "BCO", "PPO", "XPO", "NashMD", "Reward", "PRM")
 
 
@@ -65,21 +78,37 @@ NO_LAW_FOR = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "BCO", "PPO", "XPO", 
         {"level": 1.0},
         {"resamples": 0},
         {"metric": ""},
+        {"target": "loss"},
+        {"target": "smoothed_train_loss", "smooth": 0.0},
+        {"target": "smoothed_train_loss", "smooth": 1.0},
+        {"smooth": 0.9},
+        {"target": "smoothed_train_loss", "smooth": 0.9, "metric": "eval_other"},
+        {"target": "smoothed_train_loss", "smooth": 0.9, "stride": 0},
+        {"stride": 5},
     ),
 )
 @dataclass(kw_only=True, eq=False, repr=False)
 class AnnealingLawCallback(Callback):
-    """Record learning rates and held-out losses, and forecast the final loss while the run goes on.
+    """Record learning rates and losses, and forecast the final loss while the run goes on.
 
     The run itself is not touched. After each evaluation from the 20th on, the law is fitted to the run so
     far; logs have `annealing_law/final_loss` with `final_loss_low` and `final_loss_high` for the schedule
     that the run follows. At the end the run's folder gets the trace (`annealing_law_trace`) and the fit
     (`annealing_law.json`), for `hf-ext schedule predict`.
 
-    In a checkpoint: the trace, 8 bytes for each update and 16 for each evaluation.
+    Where nothing is held out, `target="smoothed_train_loss"` takes a running mean of the logged training
+    losses instead, in one pass over the data. It forecasts that mean; noise and a lag that smoothing leaves
+    make it the less certain target.
+
+    In a checkpoint: the trace, 8 bytes for each update and 16 for each loss, and the running mean.
 
     Args:
         metric: Held-out loss in the evaluation's metrics.
+        target: "eval_loss" for the evaluations' losses, or "smoothed_train_loss".
+        smooth: For the training loss: weight of the former mean at each log, in (0, 1); 1 / (1 - smooth) logs
+            count. 0 for held-out losses.
+        stride: For the training loss: updates between the means that are fitted, at least 1; None for a
+            fiftieth of the run. Logs that are further apart are all taken.
         lam: Decay of the annealing momentum, in [0.9, 0.9999].
         fit_lambda: Whether to take the best of 0.99, 0.995 and 0.999 instead.
         delta: Threshold of the Huber loss, in log loss, above 0.
@@ -89,10 +118,13 @@ class AnnealingLawCallback(Callback):
     """
 
     may_change: ClassVar[frozenset[str]] = frozenset(
-        {"metric", "lam", "fit_lambda", "delta", "fit_from", "level", "resamples"}
+        {"metric", "stride", "lam", "fit_lambda", "delta", "fit_from", "level", "resamples"}
     )
 
     metric: str = "eval_loss"
+    target: str = "eval_loss"
+    smooth: float = 0.0
+    stride: int | None = None
     lam: float = 0.999
     fit_lambda: bool = False
     delta: float = 1e-3
@@ -103,6 +135,13 @@ class AnnealingLawCallback(Callback):
     def validate(self) -> None:
         """Check the settings."""
         check(bool(self.metric), "metric", self.metric, "a name")
+        check_choice("target", self.target, TARGETS)
+        check_smooth(self.smooth, training=self._of_training)
+        if self._of_training:
+            check(self.metric == "eval_loss", "metric", self.metric, f"left out for target={self.target!r}")
+        rule = "at least 1, and left out unless the target is the training loss"
+        fits = self.stride is None or (self._of_training and self.stride >= 1)
+        check(fits, "stride", self.stride, rule)
         check_fit_settings(self.lam, self.delta, self.fit_from, self.resamples)
         check(0.0 < self.level < 1.0, "level", self.level, "in (0, 1)")
         check(self.resamples >= 1, "resamples", self.resamples, "at least 1")
@@ -111,19 +150,27 @@ class AnnealingLawCallback(Callback):
         """Forget an earlier run."""
         self._rates: list[float] = []
         self._evals: dict[int, float] = {}  # loss by the number of updates before it
+        self._mean = SmoothedLoss(self.smooth)
+        self._logged = self._kept = 0  # updates before the last log, and before the last mean that is fitted
+        self._stride, self._passes, self._repeats = 1, 0, False
         self._first_step = 1
         self._context: dict[str, Any] = {}
         self._scheduler: Any = None
         self._areas = _RunningAreas(self.lam)
         self.law: AnnealingLaw | None = None
         self.forecast: Forecast | None = None
-        self._why = "no evaluation has been made"
+        self._why = "no loss has been logged" if self._of_training else "no evaluation has been made"
+
+    @property
+    def _of_training(self) -> bool:
+        return self.target == "smoothed_train_loss"
 
     def begin(self, run: Run) -> None:
         """Note what the law depends on.
 
         Raises:
-            ValueError: The trainer's loss is none that the law holds for.
+            ValueError: The trainer's loss is none that the law holds for, or the training loss is to be
+                fitted and the data are seen more than once.
         """
         kinds = [cls.__name__ for cls in type(run.args).__mro__ if cls.__name__.endswith("Config")]
         other = [kind for kind in kinds if any(name in kind for name in NO_LAW_FOR)]
@@ -131,7 +178,13 @@ class AnnealingLawCallback(Callback):
         check(not other, "training arguments", (other or [""])[0], rule)
         if not self._rates:
             self._first_step = run.state.global_step + 1
-        self._context = _context(run)
+        # A stream says that it has no end, whatever its length: its second pass is seen when it begins.
+        epochs = run.state.num_train_epochs
+        rule = "'eval_loss' where data are repeated, for which the law does not hold"
+        once = not self._of_training or epochs <= 1 or epochs >= sys.maxsize
+        check(once, "target", self.target, rule, where=f"{epochs} epochs")
+        self._stride = max(1, round(run.state.max_steps / POINTS)) if self.stride is None else self.stride
+        self._context = {**_context(run), "loss": self.target if self._of_training else self.metric}
         self._scheduler = getattr(run.lr_scheduler, "scheduler", run.lr_scheduler)
 
     def undo(self) -> None:
@@ -153,10 +206,42 @@ class AnnealingLawCallback(Callback):
     ) -> None:
         """Note the loss, and forecast the final one."""
         metrics = kwargs.get("metrics") or {}
-        if not self._running or not self._rates or self.metric not in metrics:
+        if self._of_training or not self._running or not self._rates or self.metric not in metrics:
             return
         self._evals[len(self._rates)] = float(metrics[self.metric])
         self._fit(state.max_steps - state.global_step)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take no more training losses once the data begin again."""
+        self._passes += 1
+        self._repeats = self._repeats or self._passes > 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the training loss, where it is fitted, before the log is extended."""
+        if self._of_training and self._running and not self._repeats and TRAINING_LOSS in (logs or {}):
+            assert logs is not None
+            self._note(float(logs[TRAINING_LOSS]), state.max_steps - state.global_step)
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def _note(self, loss: float, left: int) -> None:
+        done = len(self._rates)
+        if done == self._logged:  # all of its updates were skipped
+            return
+        place, mean = self._mean.add(self._logged + 1, done, loss)
+        self._logged = done
+        if done - self._kept >= self._stride and round(place) >= 1:
+            self._kept = done
+            self._evals[round(place)] = mean
+            self._fit(left)
 
     def trace(self) -> LossTrace:
         """Return the run so far."""
@@ -205,11 +290,12 @@ class AnnealingLawCallback(Callback):
     def finish(self, run: Run) -> None:
         """Write the trace, and the law where there is one."""
         if self.law is None and dist.is_main():
-            why = self._why if self._evals else f"no evaluation of this run reported {self.metric!r}"
+            missing = f"no evaluation of this run reported {self.metric!r}"
+            why = self._why if self._evals or self._of_training else missing
             warnings.warn(f"annealing_law: the run ended without a fit: {why}", stacklevel=2)
 
         def write() -> None:
-            state = self.state_dict()
+            state = self._trace_fields()
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
             scalars = {name: value for name, value in state.items() if name not in tensors}
             save_state(run.output_dir, TRACE, scalars, tensors)
@@ -220,16 +306,24 @@ class AnnealingLawCallback(Callback):
 
         dist.on_main(write)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the trace."""
+    def _trace_fields(self) -> dict[str, Any]:
         trace = self.trace()
         return {field.name: getattr(trace, field.name) for field in dataclasses.fields(trace)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the trace, and where the training loss's mean stands."""
+        own: dict[str, Any] = {"repeats": self._repeats, "kept": self._kept, "mean": self._mean.state_dict()}
+        return {**self._trace_fields(), **(own if self._of_training else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
         self._rates = state["rates"].tolist()
         self._evals = dict(zip(state["steps"].tolist(), state["losses"].tolist(), strict=True))
         self._first_step = state["first_step"]
+        if self._of_training:
+            self._mean.load_state_dict(state["mean"])
+            # The Trainer begins the mean of its next log anew, too.
+            self._logged, self._kept, self._repeats = len(self._rates), state["kept"], state["repeats"]
         for rate in self._rates:
             self._areas.add(rate)
 

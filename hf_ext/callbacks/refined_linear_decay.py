@@ -184,10 +184,18 @@ def _repaired(norms: Tensor) -> Tensor:
     return torch.where(finite, norms, filled).clamp_min(0.0)
 
 
-def _resampled(factors: Tensor, count: int) -> Tensor:
-    """Return a curve on another number of points of the same interval, with maximum 1."""
+def resampled(factors: Tensor, count: int) -> Tensor:
+    """Return a curve on another number of points of the same interval, with maximum 1.
+
+    From a factor of 4 between the lengths on, a warning says that the curve is stretched.
+    """
     if count == len(factors):
         return factors
+    if not 1.0 / STRETCH <= count / len(factors) <= STRETCH:
+        warnings.warn(
+            f"norms of {len(factors)} updates make a schedule for {count}: the curve is stretched",
+            stacklevel=2,
+        )
     place = torch.linspace(0.0, len(factors) - 1.0, count, dtype=torch.float64)
     low = place.floor().long().clamp(max=len(factors) - 2)
     values = factors[low] + (place - low) * (factors[low + 1] - factors[low])
@@ -213,6 +221,18 @@ class RecordedNorms:
     def of(self, norm: str) -> Tensor:
         """Return the norms "l1" or "l2"."""
         return self.l1 if norm == "l1" else self.l2
+
+    def check_enough(self, place: str) -> None:
+        """Check that they are enough to refine a schedule.
+
+        Args:
+            place: What the settings call them.
+
+        Raises:
+            ValueError: There are fewer than 8.
+        """
+        count = len(self.step)
+        check(count >= FEWEST, "norms", place, f"of at least {FEWEST} updates", where=f"it holds {count}")
 
 
 def recorded_norms(run_dir: str | Path) -> RecordedNorms:
@@ -365,12 +385,7 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         with dist.together():
             norms, norm = self._norms()
             factors = refined_schedule(norms, norm=norm, tau=self.tau, drop_zero=self.drop_zero)
-        if not 1.0 / STRETCH <= total / len(factors) <= STRETCH:
-            warnings.warn(
-                f"norms of {len(factors)} updates make a schedule for {total}: the curve is stretched",
-                stacklevel=2,
-            )
-        return TableCurve(factors=_resampled(factors, total).clamp_min(self.floor))
+        return TableCurve(factors=resampled(factors, total).clamp_min(self.floor))
 
     def curve_from(self, fields: Mapping[str, Any]) -> Curve:
         """Return the saved curve."""
@@ -386,10 +401,7 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         rule = f"of a run with an optimizer of the same family as {self._optimizer}"
         same = norm_for(recorded.optimizer) == here
         check(same, "norms", self.norms, rule, where=f"recorded with {recorded.optimizer}")
-        count = len(recorded.step)
-        check(
-            count >= FEWEST, "norms", self.norms, f"of at least {FEWEST} updates", where=f"it holds {count}"
-        )
+        recorded.check_enough(self.norms)
         return recorded.of(norm), norm
 
     # Recording ------------------------------------------------------------------------------------

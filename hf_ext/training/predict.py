@@ -21,6 +21,7 @@ from ..callbacks.annealing_law import (
     schedule_rates,
 )
 from ..callbacks.infinite_lr import InfiniteLRCurve
+from ..callbacks.refined_linear_decay import norm_for, recorded_norms, refined_schedule, resampled
 from ..core.checks import check, require
 from ..core.files import write_bytes, write_json
 
@@ -83,7 +84,8 @@ def predict_runs(
     Args:
         run_dirs: Output folders of runs with `AnnealingLawCallback`; they may differ in learning rates only.
         schedules: Names with commas between: those of transformers, "wsd", "infinite_lr" (annealing over the
-            last 20 %). Options follow a colon: "wsd:num_decay_steps=100:min_lr_ratio=0.1,cosine".
+            last 20 %), "refined" (from the gradient norms that the first run has recorded; its rise counts as
+            a warm-up). Options follow a colon: "wsd:num_decay_steps=100:min_lr_ratio=0.1,refined:tau=0.2".
         steps: Updates of each schedule; None for those of the first run.
         learning_rate: Their peak; None for the fitted one.
         warmup_steps: Updates of their warm-up; None for those of the first run.
@@ -93,8 +95,8 @@ def predict_runs(
         allow_peak_change: Whether the peak may be above the fitted one.
 
     Raises:
-        ValueError: A folder holds no trace, the law cannot be fitted or does not reach a schedule, or a
-            schedule or one of its options is unknown.
+        ValueError: A folder holds no trace, the law cannot be fitted or does not reach a schedule, a schedule
+            or one of its options is unknown, or "refined" finds no recorded norms.
         OSError: The folder cannot be written.
     """
     check(bool(run_dirs), "RUN_DIR", list(run_dirs), "at least one folder")
@@ -107,12 +109,19 @@ def predict_runs(
         count = len(traces[0].rates) if steps is None else steps
         warmup = min(traces[0].warmup, count - 1) if warmup_steps is None else warmup_steps
         peak = law.eta_ref if learning_rate is None else learning_rate
-        rates = {name: _rates(name, count, peak, warmup) for name in names}
+        rates = {name: _rates(name, count, peak, warmup, run_dirs[0]) for name in names}
         curves: dict[str, Tensor] = {}
         forecasts: dict[str, Forecast] = {}
         for name, values in rates.items():
             with _named(name):
-                options: Any = {"warmup_steps": warmup, "allow_peak_change": allow_peak_change}
+                rise = int(values.argmax()) if _is_refined(name) else warmup
+                if rise > warmup:
+                    warnings.warn(
+                        f"{name} rises over its first {rise} of {count} updates: they count as a warm-up, at "
+                        "its peak",
+                        stacklevel=2,
+                    )
+                options: Any = {"warmup_steps": rise, "allow_peak_change": allow_peak_change}
                 curves[name] = law.predict(values, **options)
                 forecasts[name] = law.forecast(values, level=level, **options)
     forecasts = dict(sorted(forecasts.items(), key=lambda item: item[1].loss))
@@ -149,7 +158,11 @@ class _named:
             raise ValueError(f"{self.name}: {error}") from error
 
 
-def _rates(text: str, steps: int, peak: float, warmup: int) -> Tensor:
+def _is_refined(text: str) -> bool:
+    return text.partition(":")[0] == "refined"
+
+
+def _rates(text: str, steps: int, peak: float, warmup: int, run_dir: str | Path) -> Tensor:
     name, *given = text.split(":")
     options: dict[str, Any] = {}
     for entry in given:
@@ -160,9 +173,24 @@ def _rates(text: str, steps: int, peak: float, warmup: int) -> Tensor:
         try:
             if name == "infinite_lr":
                 return curve_rates(InfiniteLRCurve(**_infinite(steps, warmup, options)), steps, peak)
+            if _is_refined(name):
+                return peak * _refined(run_dir, steps, **options)
             return schedule_rates(name, steps, peak, warmup_steps=warmup, **options)
         except TypeError as error:  # upstream's way to say that an option is unknown
             raise ValueError(str(error)) from error
+
+
+def _refined(
+    run_dir: str | Path, steps: int, *, norm: str = "auto", tau: float = 0.1, floor: float = 0.0
+) -> Tensor:
+    """Return the refined schedule of a recorded run, (steps,) multiples of the peak."""
+    check(steps >= 1, "steps", steps, "at least 1")
+    recorded = recorded_norms(run_dir)
+    recorded.check_enough(str(run_dir))
+    norm = norm_for(recorded.optimizer) if norm == "auto" else norm
+    factors = refined_schedule(recorded.of(norm), norm=norm, tau=tau)
+    check(0.0 <= floor < 1.0, "floor", floor, "in [0, 1)")
+    return resampled(factors, steps).clamp_min(floor)
 
 
 def _infinite(steps: int, warmup: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +237,8 @@ def _plot(
         drawn += curves[name][shown].tolist()
     spread = max(drawn) - min(drawn)
     above.set_ylim(min(drawn) - 0.05 * spread - 1e-9, max(drawn) + 0.05 * spread + 1e-9)
-    above.set_ylabel("held-out loss (nats per token)")
+    held_out = traces[0].context.get("loss") != "smoothed_train_loss"
+    above.set_ylabel(f"{'held-out' if held_out else 'smoothed training'} loss (nats per token)")
     below.set_xlabel("optimizer step")
     below.set_ylabel("learning rate")
     above.legend(fontsize="small")

@@ -28,8 +28,9 @@ from hf_ext.callbacks import (
 )
 from hf_ext.callbacks._annealing_fit import annealing_momentum, areas, fit_law, rising_steps
 from hf_ext.callbacks._base import Run
+from hf_ext.callbacks._loss_trace import SmoothedLoss
 from hf_ext.core.state import load_state, save_state
-from tests.callbacks.runs import MIDDLE, STEPS, StopAt, build, equal, logged, parameters, tiny_model
+from tests.callbacks.runs import MIDDLE, STEPS, StopAt, build, equal, logged, parameters, rows, tiny_model
 from tests.reference import annealing_law as reference
 
 TRUE = {"L0": 2.6, "A": 0.3, "C": 120.0, "alpha": 0.47}
@@ -376,6 +377,128 @@ def test_a_trace_from_a_log() -> None:
         LossTrace.from_log_history(log, metric="eval_other")
     with pytest.raises(ValueError, match="log_history must be one with learning rates"):
         LossTrace.from_log_history([{"step": 4, "eval_loss": 2.5}])
+
+
+# The training loss --------------------------------------------------------------------------------
+
+
+def test_a_smoothed_loss_by_hand() -> None:
+    mean = SmoothedLoss(0.5)
+    assert mean.add(1, 2, 4.0) == (0.5, 4.0)  # of the weights after 0 and after 1 update
+    # Weights 1/3 and 2/3.
+    assert mean.add(3, 4, 2.0) == pytest.approx((0.5 / 3 + 2.5 * 2 / 3, 4 / 3 + 4 / 3))
+    again = SmoothedLoss(0.5)
+    again.load_state_dict(json.loads(json.dumps(mean.state_dict())))
+    assert again.add(5, 5, 1.0) == mean.add(5, 5, 1.0)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, 0.99])
+def test_smoothing_does_not_delay_a_line(keep: float) -> None:
+    draw, mean, done = random.Random(0), SmoothedLoss(keep), 0
+    for _ in range(200):
+        count = draw.randint(1, 9)
+        losses = [5.0 - 0.01 * i for i in range(done, done + count)]  # of the weights after i updates
+        place, loss = mean.add(done + 1, done + count, sum(losses) / count)
+        assert loss == pytest.approx(5.0 - 0.01 * place, rel=1e-12)
+        done += count
+
+
+@pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 1e-3), (0.02, 1e-2)])
+def test_a_law_is_found_in_training_losses(noise: float, tolerance: float) -> None:
+    """What the target is for: a cosine run's end, from the training losses of a run that anneals late."""
+    numbers = {**TRUE, "C": 20.0}
+    rates = torch.cat([torch.full((1600,), PEAK).double(), torch.linspace(PEAK, 0.0, 400).double()])
+    s1, s2 = reference.areas(rates.tolist(), LAM)
+    draw = random.Random(0)
+    log: list[dict[str, Any]] = []
+    for i in range(4, len(rates), 4):  # one log for each four updates
+        losses = [reference.loss(s1[k - 1], s2[k - 1], **numbers) for k in range(max(1, i - 4), i)]
+        log.append({"step": i, "loss": sum(losses) / len(losses) * (1.0 + noise * draw.gauss(0.0, 1.0))})
+    trace = LossTrace.from_log_history(log, rates, metric="loss", smooth=0.5)
+    found = AnnealingLaw.fit(trace, lam=LAM, resamples=0)
+    cosine = schedule_rates("cosine", LENGTH, PEAK)
+    true_end = float(measured(cosine, C=20.0).losses[-1])
+    assert float(found.predict(cosine)[-1]) == pytest.approx(true_end, rel=tolerance)
+
+
+@pytest.mark.parametrize("bottom", [3.0, 2.9999])
+def test_losses_that_do_not_fall_have_no_law(bottom: float) -> None:
+    """Only the first loss is higher than the rest: any exponent is too small."""
+    rates = torch.full((LENGTH,), PEAK, dtype=torch.float64)
+    steps = torch.arange(50, LENGTH + 1, 50)
+    losses = torch.linspace(3.0, bottom, len(steps), dtype=torch.float64)
+    losses[0] = 3.5
+    with pytest.raises(ValueError, match="losses must be falling along a power law with an exponent of at"):
+        AnnealingLaw.fit(LossTrace(rates, steps, losses), resamples=0)
+
+
+def test_a_training_loss_in_a_log_is_smoothed_and_not_repeated() -> None:
+    log = [{"step": s, "loss": 4.0 / s, "learning_rate": 1.0, "epoch": s / 4} for s in range(1, 6)]
+    with pytest.raises(ValueError, match=r"smooth must be in \(0, 1\) for the training loss"):
+        LossTrace.from_log_history(log[:4], metric="loss")
+    with pytest.raises(ValueError, match=r"epoch must be at most 1 for the training loss.*step 5"):
+        LossTrace.from_log_history(log, metric="loss", smooth=0.5)
+    with pytest.raises(ValueError, match="smooth must be 0 for a held-out loss"):
+        LossTrace.from_log_history(log, smooth=0.5)
+    trace = LossTrace.from_log_history(log[:4], metric="loss", smooth=0.5)
+    # Places 0, 2/3, 10/7 and 34/15, of which the first is before any update.
+    assert trace.steps.tolist() == [1, 2]
+    assert trace.losses.tolist() == pytest.approx(
+        [(0.25 * 4 + 0.5 * 2 + 4 / 3) / 1.75, (0.125 * 4 + 0.25 * 2 + 0.5 * 4 / 3 + 1) / 1.875]
+    )
+
+
+def trained(folder: Path, callback: AnnealingLawCallback, **arguments: Any) -> Any:
+    """Return a run of sixty steps, one epoch of its data, that logs each step and evaluates nothing."""
+    settings = {"max_steps": 60, "save_steps": 30, "learning_rate": 1e-3, "per_device_train_batch_size": 1}
+    return build(folder, callback, **{**settings, **arguments})
+
+
+def test_a_run_without_evaluations_is_forecast(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target": "smoothed_train_loss", "smooth": 0.8, "stride": 2}
+    callback = AnnealingLawCallback(**settings, lam=0.99, resamples=2)
+    trainer = trained(tmp_path / "whole", callback)
+    trainer.train()
+    trace = recorded_trace(tmp_path / "whole")
+    # A plain loop over the log, in which the mean is made anew from all of its losses.
+    losses, expected = logged(trainer, "loss"), {}
+    for count in range(2, 61, 2):
+        weights = [0.8 ** (count - 1 - i) for i in range(count)]
+        place = sum(w * i for i, w in enumerate(weights)) / sum(weights)
+        if round(place) >= 1:
+            expected[round(place)] = sum(w * x for w, x in zip(weights, losses, strict=False)) / sum(weights)
+    assert dict(zip(trace.steps.tolist(), trace.losses.tolist(), strict=True)) == pytest.approx(expected)
+    assert trace.context["loss"] == "smoothed_train_loss"
+    assert callback.law == AnnealingLaw.fit(trace, lam=0.99, resamples=2)
+    assert trainer.state.log_history[-2]["annealing_law/final_loss"] > 0.0
+    # Resumed, one trace to the bit.
+    resumed = trained(tmp_path / "cut", AnnealingLawCallback(**settings, lam=0.99, resamples=2))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-30"))
+    for name in ("annealing_law.json", "annealing_law_trace.json", "annealing_law_trace.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert recorded_trace(tmp_path / "whole" / "checkpoint-30").rates.tolist() == trace.rates[:30].tolist()
+
+
+def test_means_stand_apart_by_the_stride(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target": "smoothed_train_loss", "smooth": 0.2, "resamples": 1}
+    callback = AnnealingLawCallback(**settings, stride=7)
+    with pytest.warns(UserWarning, match="losses must be at least 20"):
+        trained(tmp_path, callback, logging_steps=2).train()
+    steps = recorded_trace(tmp_path).steps.tolist()
+    # Kept after 8, 16, ... updates: the last log stands for 1.5 updates less, the mean for a quarter of a log
+    # less than that.
+    assert steps == [6, 14, 22, 30, 38, 46, 54]
+
+
+def test_the_training_loss_of_repeated_data_is_refused(tmp_path: Path) -> None:
+    callback = AnnealingLawCallback(target="smoothed_train_loss", smooth=0.9)
+    with pytest.raises(ValueError, match=r"target must be 'eval_loss' where data are repeated.*2 epochs"):
+        trained(tmp_path, callback, max_steps=65).train()
+    # Of a stream nobody knows the length; its second pass is left out.
+    stream = AnnealingLawCallback(target="smoothed_train_loss", smooth=0.1, stride=1, resamples=1)
+    data: Any = rows().select(range(30)).to_iterable_dataset()
+    trained(tmp_path, stream, data=data, max_steps=40).train()
+    assert stream.trace().steps.tolist() == list(range(1, 30))
 
 
 # In a run -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hf_ext.callbacks import (
     InfiniteLRCurve,
     curve_rates,
     recorded_trace,
+    refined_schedule,
     schedule_rates,
 )
 from hf_ext.cli import main
@@ -110,6 +111,53 @@ def test_options_reach_the_schedules(run_dir: Path) -> None:
     assert rows["wsd"]["loss"] == law.forecast(wsd, level=0.5).loss
     assert rows["wsd"]["low"] == law.forecast(wsd, level=0.5).low
     assert rows["infinite_lr"]["loss"] == law.forecast(curve_rates(curve, 500, 5e-4)).loss
+
+
+def record_norms(folder: Path, count: int = LENGTH, optimizer: str = "AdamW") -> torch.Tensor:
+    """Write norms that fall over the first tenth of a run and are constant after it, and return the l1."""
+    l1 = 1.0 + 3.0 * (1.0 - torch.arange(count) / (0.1 * count)).clamp_min(0.0).double()
+    tensors = {"step": torch.arange(1, count + 1), "l1": l1, "l2": l1.flip(0)}
+    save_state(folder, "gradient_norms", {"optimizer": optimizer}, tensors)
+    return l1
+
+
+def test_the_refined_schedule_is_a_candidate(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    norms = record_norms(run_dir)
+    assert predict(run_dir, "--lam", LAM, "--schedules", "refined,refined:norm=l2:floor=0.1,linear") == 0
+    found = json.loads((run_dir / "schedule_forecast.json").read_text())
+    rows = {row["schedule"]: row["loss"] for row in found["schedules"]}
+    law = AnnealingLaw.fit(recorded_trace(run_dir), lam=LAM)
+    rates = PEAK * refined_schedule(norms, norm="l1")
+    rise = int(rates.argmax())
+    assert 80 < rise < 120
+    # By the plain loops: the rise counts at the peak, the rest as it is.
+    s1, s2 = reference.areas([PEAK] * rise + rates[rise:].tolist(), law.lam)
+    expected = law.L0 + law.A * s1[-1] ** -law.alpha - (law.C or 0.0) * s2[-1]
+    assert rows["refined"] == pytest.approx(expected, rel=1e-9)
+    assert f"refined rises over its first {rise} of {LENGTH} updates" in capsys.readouterr().out
+    other = PEAK * refined_schedule(norms.flip(0), norm="l2").clamp_min(0.1)
+    options: Any = {"warmup_steps": int(other.argmax())}
+    assert rows["refined:norm=l2:floor=0.1"] == law.forecast(other, **options).loss
+    # At another length the curve is resampled.
+    assert predict(run_dir, "--lam", LAM, "--schedules", "refined", "--steps", 300) == 0
+    assert json.loads((run_dir / "schedule_forecast.json").read_text())["notes"] == [
+        f"refined rises over its first {round(rise * 299 / 999)} of 300 updates: they count as a warm-up, at "
+        "its peak"
+    ]
+
+
+def test_the_refined_schedule_needs_norms(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, run_dir, "--schedules", "cosine,refined")
+    assert f"refined: norms: {run_dir} holds no recorded gradient norms" in error
+    record_norms(run_dir, 7)
+    error = refused(capsys, run_dir, "--schedules", "refined")
+    assert f"refined: norms must be of at least 8 updates, got '{run_dir}' (it holds 7)" in error
+    record_norms(run_dir)
+    assert "refined:norm=l3: norm must be one of" in refused(
+        capsys, run_dir, "--schedules", "refined:norm=l3"
+    )
+    assert "refined:x=1: " in refused(capsys, run_dir, "--schedules", "refined:x=1")
+    assert "floor must be in" in refused(capsys, run_dir, "--schedules", "refined:floor=1.0")
 
 
 def test_the_decay_can_be_fitted(run_dir: Path) -> None:
