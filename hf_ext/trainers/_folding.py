@@ -4,12 +4,16 @@ Two adapters are not to be added tensor by tensor: their update is a product. Wh
 of a layer with the adapter merged into it. So after a round the merged weights become the base of the next
 one, which starts a fresh adapter; the base that the run began with is kept, and what has been added to it
 comes back as a LoRA adapter of the rank that it has, exact to rounding, for the original base.
+
+Merging and starting an adapter take whole weights. Where FSDP2 shards the model, the first process keeps the
+adapted layers, whole and in main memory, does both with them, and hands the result out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +22,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters._data_start import awaits_data
+from ..core import dist
 from ..core.checks import check
+from ._parts import part_of_whole, put_part, whole_tensor
+
+T = TypeVar("T")
 
 
 def folded_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
@@ -26,8 +34,11 @@ def folded_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
 
     Raises:
         ValueError: A layer is neither linear nor a Conv1D of full-precision numbers, or something else than
-            the adapter trains (biases, `modules_to_save`).
+            the adapter trains (biases, `modules_to_save`), or it moves biases too.
     """
+    for config in model.peft_config.values():
+        moved = getattr(config, "lora_bias", False)
+        check(not moved, "lora_bias", moved, "False: rounds of extrapolation fold weights alone")
     found: dict[str, BaseTunerLayer] = {}
     owned: set[int] = set()
     for path, module in cast(nn.Module, model.base_model.model).named_modules():
@@ -66,6 +77,78 @@ def merged_weights(model: PeftModel, layers: Mapping[str, BaseTunerLayer]) -> di
         for path, weight in base_weights(layers).items():
             weight.copy_(before[path])  # PEFT's own types come back to rounding only
     return merged
+
+
+class WholeLayers:
+    """The adapted layers of a model, whole, on the first process; of the rest of the model only its shape.
+
+    Made before the model is sharded. It has the model's adapters and goes through the same steps.
+
+    Args:
+        model: The model, not sharded yet; its weights need be there on the first process alone.
+
+    In memory: the adapted layers once, in the main memory of the first process.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model: PeftModel | None = None
+        if dist.is_main():
+            kept = {id(tensor) for _, tensor in _tensors(model)}
+            left_out = {
+                id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=False)
+                for p in model.parameters()
+                if id(p) not in kept
+            }
+            self.model = cast(PeftModel, copy.deepcopy(model, left_out).cpu())  # type: ignore[arg-type]
+
+    def read(self, model: PeftModel) -> None:
+        """Take the layers' tensors from the sharded model (a collective)."""
+        own = {} if self.model is None else dict(_tensors(self.model))
+        for name, tensor in _tensors(model):
+            whole = dist.full_tensor(tensor.detach()).cpu()
+            if self.model is not None:
+                own[name].data.copy_(whole)
+
+    def write(self, model: PeftModel) -> None:
+        """Give the layers' tensors to the sharded model (a collective)."""
+        own = {} if self.model is None else dict(_tensors(self.model))
+        for name, tensor in _tensors(model):
+            whole = own[name].detach() if own else None
+            put_part(tensor, part_of_whole(_from_main(whole, tensor), tensor, name))
+
+    def apply(self, action: Callable[[PeftModel], T]) -> T | None:
+        """Return what an action with the layers gives, None on the other processes (a collective)."""
+        with dist.together():
+            return None if self.model is None else action(self.model)
+
+    def merged_weights(self, model: PeftModel) -> dict[str, Tensor]:
+        """Return each process's parts of `merged_weights` (a collective)."""
+        self.read(model)
+        merged = self.apply(lambda whole: merged_weights(whole, folded_layers(whole))) or {}
+        return {
+            path: part_of_whole(_from_main(merged.get(path), weight), weight, path)
+            for path, weight in base_weights(folded_layers(model)).items()
+        }
+
+    def fresh_adapter(self, model: PeftModel, seed: int) -> None:
+        """Overwrite the adapter by a new one of its settings, started on the base as it is (a collective)."""
+        self.read(model)
+        self.apply(lambda whole: fresh_adapter(whole, seed))
+        self.write(model)
+
+
+def _tensors(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the tensor of each parameter and buffer of the adapted layers."""
+    for path, layer in folded_layers(model).items():
+        module = cast(nn.Module, layer)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            yield f"{path}.{name}", tensor
+
+
+def _from_main(whole: Tensor | None, like: Tensor) -> Tensor:
+    """Return the first process's tensor on all of them, on the CPU (a collective)."""
+    held = torch.empty(like.shape, dtype=like.dtype) if whole is None else whole.contiguous()
+    return dist.broadcast_(held)
 
 
 def _adapter_name(model: PeftModel) -> str:
@@ -111,10 +194,12 @@ def refuse_data_start(model: PeftModel) -> None:
 def as_lora(model: PeftModel, original: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> PeftModel:
     """Return the original base with the whole update as a LoRA adapter; the model given is used up.
 
+    Where the model is sharded this is a collective; the base stays sharded, the LoRA adapter is whole.
+
     Args:
         model: The model of the last round.
-        original: Base weights that the run began with, by path.
-        final: Weights of the policy to return, by path.
+        original: Base weights that the run began with, by path; of sharded ones this process's parts.
+        final: Weights of the policy to return, likewise.
 
     Returns:
         A model whose adapter has, for each layer, the rank of its update.
@@ -123,11 +208,12 @@ def as_lora(model: PeftModel, original: Mapping[str, Tensor], final: Mapping[str
     base: Any = model.unload()
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
-        for path, weight in original.items():
+        for path, part in original.items():
             layer = base.get_submodule(path)
-            layer.weight.copy_(weight)
-            delta = final[path].float().to(weight.device) - weight.float()
-            factors[path] = _factors(delta.T if isinstance(layer, Conv1D) else delta)
+            before, after = (whole_tensor(own, layer.weight).float() for own in (part, final[path]))
+            put_part(layer.weight, part)
+            delta = after - before
+            factors[path] = _of_main(*_factors(delta.T if isinstance(layer, Conv1D) else delta))
     ranks = {path: b.size(1) for path, (b, _) in factors.items()}
     top = max(ranks.values())
     lora = LoraConfig(
@@ -155,3 +241,11 @@ def _factors(delta: Tensor) -> tuple[Tensor, Tensor]:
     rank = max(1, int((s > noise).sum()))
     root = s[:rank].sqrt()
     return (u[:, :rank] * root).to(delta.dtype), (root[:, None] * vh[:rank]).to(delta.dtype)
+
+
+def _of_main(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first process's factors on all of them: machines may round to other ranks (a collective)."""
+    rank = dist.gather_objects(b.size(1))[0]
+    held = [x if dist.is_main() else x.new_empty(shape) for x, shape in
+            ((b, (b.size(0), rank)), (a, (rank, a.size(1))))]  # fmt: skip
+    return dist.broadcast_(held[0].contiguous()), dist.broadcast_(held[1].contiguous())

@@ -14,8 +14,10 @@ from typing import Any, cast
 
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..core import dist
+from ..core.checks import check
 from ..core.files import read_json, write_bytes, write_json
 from ..core.state import ROUNDS_FILE
 from ._pairs import Pairs
@@ -151,7 +153,7 @@ def write_candidates(
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """Return an optimizer's state as flat names and tensors.
+    """Return an optimizer's state as flat names and whole tensors (a collective where it is sharded).
 
     Raises:
         TypeError: Some of it is no tensor.
@@ -164,15 +166,27 @@ def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
                     f"reset_optimizer=False keeps tensors between rounds, and {type(optimizer).__name__} has "
                     f"{name!r} of type {type(value).__name__}; set reset_optimizer=True"
                 )
-            found[f"{index}/{name}"] = value.detach().cpu().clone()
+            found[f"{index}/{name}"] = dist.full_tensor(value.detach()).cpu().clone()
     return found
 
 
 def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned."""
+    """Put back what `optimizer_tensors` returned.
+
+    Raises:
+        ValueError: A parameter is sharded, and some of its state is neither of its shape nor one number.
+    """
     state: dict[int, dict[str, Tensor]] = {}
+    groups = cast(Any, optimizer.state_dict())["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [index for group in groups for index in group["params"]]
+    by_number = dict(zip(numbers, parameters, strict=True))
     for key, value in tensors.items():
         index, _, name = key.partition("/")
+        parameter = by_number[int(index)]
+        if isinstance(parameter, DTensor) and value.numel() > 1:
+            rule = f"of the sharded parameter's shape {tuple(parameter.shape)}; set reset_optimizer=True"
+            check(value.shape == parameter.shape, f"optimizer state {name}", tuple(value.shape), rule)
+            value = dist.shard_like(value.to(parameter.device), parameter)
         state.setdefault(int(index), {})[name] = value
-    groups = cast(Any, optimizer.state_dict())["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -13,6 +13,9 @@ pairs that were made for it; between rounds from the tensors of the last one.
 
 The reference is fixed within a round, so its log-probabilities are computed once, before the round; with
 `reference="round_start"` by the policy itself: no second model is kept, and any adapter type will do.
+
+Under FSDP2 the model is sharded before anything is computed with it, and each process keeps its own part of
+the policies; files hold whole tensors.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer_utils import TrainOutput
@@ -42,6 +46,7 @@ from ..core.files import read_tensors, write_tensors
 from ..core.state import ROUNDS_FILE
 from ._base import MethodTrainer, check_columns, check_filled, map_rows, own_args
 from ._pairs import SELECTIONS, Pairs, select_pairs
+from ._parts import own_part, part_of_whole, put_part, whole_tensors
 from ._reference import evaluation_mode, reference_model
 from ._rewards import call_rewards, check_rewards
 from ._round_files import (
@@ -64,6 +69,7 @@ from ._sampling import (
     end_tokens,
     tokenize_prompts,
 )
+from ._snapshots import reshard
 
 logger = logging.getLogger(__name__)
 _PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -239,10 +245,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self._initial: dict[str, Tensor] | None = None  # the policy that `train` was first called with
         self._round_start: dict[str, Tensor] | None = None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *more, **kwargs)
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        check(
-            whole, "FSDP or DeepSpeed", True, "off: rounds need a whole copy of the weights on each process"
-        )
+        self._check_sharding()
         self.prompts = cast(Dataset, self.train_dataset)
         self.precompute_ref_logps = True
         self._check_room()
@@ -258,6 +261,34 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         if not args.precompute_ref_log_probs:  # else TRL's construction has asked for it
             held_out = {name: self.with_reference(rows) for name, rows in _named(self.eval_dataset).items()}
             self.eval_dataset = held_out if isinstance(self.eval_dataset, dict) else held_out.get("eval")
+
+    # Sharding -------------------------------------------------------------------------------------
+
+    def _check_sharding(self) -> None:
+        check(
+            not self.is_deepspeed_enabled,
+            "DeepSpeed",
+            True,
+            "off: rounds read and write weights between them, which they can under DDP and FSDP2",
+        )
+        if not self.is_fsdp_enabled:
+            return
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        check(plugin.fsdp_version == 2, "fsdp_config's version", plugin.fsdp_version, "2 for rounds")
+        # Accelerate would wrap the layers once more in each round.
+        rule = "false for rounds; gradient_checkpointing=True does the same"
+        check(not plugin.activation_checkpointing, "fsdp_config's activation_checkpointing", True, rule)
+
+    def _shard(self) -> None:
+        """Let FSDP2 shard the model now and not in the first round's training; else do nothing."""
+        if not self.is_fsdp_enabled or isinstance(self.model, FSDPModule):
+            return
+        self._check_sharding()  # a construction computes the reference of held-out pairs
+        # Accelerate shards a model together with an optimizer; that of a round is made of the shards.
+        unused = torch.optim.SGD(self.model.parameters(), lr=0.0)
+        self.model, _ = self.accelerator.prepare(self.model, unused)
+        self.model_wrapped = self.callback_handler.model = self.model
+        register_fsdp_forward_method(self.model, "generate")
 
     # Data -----------------------------------------------------------------------------------------
 
@@ -300,6 +331,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         # TRL's caches by the hash of the model that it began with, and so by none of a later round.
         if "chosen_ids" not in dataset.column_names:
             return dataset
+        self._shard()
         if self.args.reference == "initial" or self._round_start is None:
             return self.with_reference(dataset, batch_size)
         kept = self._round_start.keys() == self.policy_parameters().keys()
@@ -359,30 +391,32 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """Return, by name, all tensors that differ between the policies of this run."""
         model = self.accelerator.unwrap_model(self.model)
+        reshard(model)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def policy_state(self) -> dict[str, Tensor]:
-        """Return copies of the policy's tensors on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.policy_parameters().items()}
+        """Return copies of the policy's tensors on the CPU, of sharded ones this process's part."""
+        return {name: own_part(p) for name, p in self.policy_parameters().items()}
+
+    def read_policy(self, path: Path) -> dict[str, Tensor]:
+        """Return what `policy_state` has returned, from a file of whole tensors (a collective).
+
+        Raises:
+            ValueError: A name or a shape differs from that of the model in training.
+        """
+        state, parameters = read_tensors(path), self.policy_parameters()
+        differing = sorted(state.keys() ^ parameters.keys())
+        check(not differing, "the policy's tensors", differing[:1], "those of the model in training")
+        return {name: part_of_whole(state[name], p, name) for name, p in parameters.items()}
 
     def load_policy(self, state: Mapping[str, Tensor]) -> None:
         """Write a policy's tensors into the model.
 
-        Raises:
-            ValueError: A name or a shape differs.
+        Args:
+            state: What `policy_state` has returned.
         """
-        parameters = self.policy_parameters()
-        differing = sorted(state.keys() ^ parameters.keys())
-        check(not differing, "the policy's tensors", differing[:1], "those of the model in training")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                check(
-                    state[name].shape == parameter.shape,
-                    name,
-                    tuple(state[name].shape),
-                    f"of shape {tuple(parameter.shape)}",
-                )
-                parameter.copy_(state[name])
+        for name, parameter in self.policy_parameters().items():
+            put_part(parameter, state[name])
 
     @contextlib.contextmanager
     def _as_policy(self, state: Mapping[str, Tensor]) -> Generator[None]:
@@ -480,6 +514,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
 
     def _begin(self, run: Path, resume: str | bool | None) -> tuple[Progress, str | None]:
         settings = self._settings()
+        self._shard()
         if not resume or self._initial is None:
             self._initial = self.policy_state()
         self.policy = self.previous_policy = initial = self._initial
@@ -504,7 +539,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
             checkpoint = newest_checkpoint(run / f"round_{progress.round}")
             progress.round, progress.done = progress.round - 1, True
         policies = [
-            read_tensors(run / f"round_{number}" / "policy.safetensors") if number >= 0 else initial
+            self.read_policy(run / f"round_{number}" / "policy.safetensors") if number >= 0 else initial
             for number in (progress.round - 1, progress.round)
         ]
         self.previous_policy, self.policy = policies
@@ -526,6 +561,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Make the optimizer, with the state of the round before where that is kept."""
+        reshard(self.model)  # of the shards: sampling and scoring leave some of them gathered
         optimizer = super().create_optimizer(model)
         if self._kept_optimizer is not None:
             load_optimizer_tensors(optimizer, self._kept_optimizer)
@@ -646,7 +682,8 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
                 progress.logs.append({**finite(entry), "round": self.round, "step": step})
         progress.figures[self.round] = finite(figures)
         self.previous_policy, self.policy = before, self.policy_state()
-        dist.on_main(lambda: write_tensors(folder / "policy.safetensors", self.policy))
+        policy = whole_tensors(self.policy, self.policy_parameters())
+        dist.on_main(lambda: write_tensors(folder / "policy.safetensors", policy))
         if not self.args.reset_optimizer and self.optimizer is not None:
             tensors = optimizer_tensors(self.optimizer)
             dist.on_main(lambda: write_tensors(folder / "optimizer.safetensors", tensors))

@@ -29,12 +29,14 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.files import read_tensors, write_tensors
 from ._base import Inputs, register_trainer
 from ._folding import (
+    WholeLayers,
     as_lora,
     base_weights,
     folded_layers,
@@ -42,7 +44,9 @@ from ._folding import (
     merged_weights,
     refuse_data_start,
 )
+from ._parts import own_part, part_of_whole, put_part, sum_over_parts, whole_tensors
 from ._rounds import RoundsConfig, RoundsTrainer
+from ._snapshots import reshard
 
 __all__ = ["APOConfig", "APOTrainer", "extrapolate", "momentum_sum"]
 
@@ -140,6 +144,8 @@ class APOTrainer(RoundsTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._whole_layers: WholeLayers | None = None
+        self._gave_back = False
         super().__init__(*args, **kwargs)
         self._original: dict[str, Tensor] | None = None
         self._opposed = 0
@@ -151,6 +157,8 @@ class APOTrainer(RoundsTrainer):
         if self.args.extrapolation_alpha == 0 or self._original is not None:
             return
         folds = isinstance(model, PeftModel)
+        rule = "called once where FSDP2 shards the model: its new adapter is not sharded"
+        check(not self._gave_back, "train", "called again", rule)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if folds:
             refuse_data_start(model)
@@ -162,7 +170,8 @@ class APOTrainer(RoundsTrainer):
             reference, reset = self.args.reference, self.args.reset_optimizer
             check(reference == "round_start", "reference", reference, "'round_start' with an adapter")
             check(reset, "reset_optimizer", reset, "True with an adapter: each round has a fresh one")
-            self._original = {path: w.detach().cpu().clone() for path, w in weights.items()}
+            self._shard()
+            self._original = {path: own_part(w) for path, w in self._base().items()}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Run all rounds; see `RoundsTrainer.train`."""
@@ -172,35 +181,64 @@ class APOTrainer(RoundsTrainer):
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    def _shard(self) -> None:
+        model = self._unwrapped()
+        folds = self.args.extrapolation_alpha > 0 and isinstance(model, PeftModel)
+        if self.is_fsdp_enabled and folds and self._whole_layers is None:
+            self._whole_layers = WholeLayers(model)
+        super()._shard()
+
+    def _base(self) -> dict[str, nn.Parameter]:
+        """Return the base weights that adapters are folded into."""
+        model = self._unwrapped()
+        reshard(model)
+        return base_weights(folded_layers(model))
+
     # Policies -------------------------------------------------------------------------------------
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """Return what trains and, where adapters are folded, the base weights under them."""
         found = super().policy_parameters()
         if self._original is not None:
-            weights = base_weights(folded_layers(self._unwrapped()))
-            found |= {f"base.{path}": weight for path, weight in weights.items()}
+            found |= {f"base.{path}": weight for path, weight in self._base().items()}
         return found
 
     def load_policy(self, state: Mapping[str, Tensor]) -> None:
         """Write a policy's tensors; an adapter is made anew on its base, as its start depends on it."""
         if self._original is not None:
-            model = self._unwrapped()
-            with torch.no_grad():
-                for path, weight in base_weights(folded_layers(model)).items():
-                    weight.copy_(state[f"base.{path}"])
+            for path, weight in self._base().items():
+                put_part(weight, state[f"base.{path}"])
             self._renew_adapter()
         super().load_policy(state)
 
     def _renew_adapter(self) -> None:
-        fresh_adapter(self._unwrapped(), self.args.seed + 1000 * self.round)
+        model, seed = self._unwrapped(), self.args.seed + 1000 * self.round
+        if self._whole_layers is not None:
+            self._whole_layers.fresh_adapter(model, seed)
+            return
+        fresh_adapter(model, seed)
         self.model_wrapped = self.model  # a wrapper would still hold the old adapter's gradients
 
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """Return the weights that are extrapolated, or into which adapters are folded."""
+        if self._original is None:
+            return super().policy_parameters()
+        return self._base()
+
+    def _read_point(self, path: Path) -> dict[str, Tensor]:
+        point, weights = read_tensors(path), self._weights()
+        differing = sorted(point.keys() ^ weights.keys())
+        check(not differing, f"tensors of {path}", differing[:1], "those of the model in training")
+        return {name: part_of_whole(point[name], weight, name) for name, weight in weights.items()}
+
     def _point(self) -> dict[str, Tensor]:
-        """Return copies of the weights that are extrapolated, on the CPU."""
+        """Return copies of the weights that are extrapolated, on the CPU; of sharded ones their parts."""
         model = self._unwrapped()
         if self._original is None:
-            return {name: p.detach().cpu().clone() for name, p in super().policy_parameters().items()}
+            return super().policy_state()
+        if self._whole_layers is not None:
+            reshard(model)
+            return self._whole_layers.merged_weights(model)
         return {path: w.cpu() for path, w in merged_weights(model, folded_layers(model)).items()}
 
     # Rounds ---------------------------------------------------------------------------------------
@@ -209,7 +247,7 @@ class APOTrainer(RoundsTrainer):
         """Read the point that was trained last; before the first round it is the model as given."""
         if self.args.extrapolation_alpha > 0:
             path = run / f"round_{last}" / "hat.safetensors"
-            self._hat = read_tensors(path) if last >= 0 else self._point()
+            self._hat = self._read_point(path) if last >= 0 else self._point()
             self._step: dict[str, Tensor] | None = None
 
     def end_round(self, before: Mapping[str, Tensor], folder: Path, *, trained: bool) -> dict[str, float]:
@@ -218,7 +256,8 @@ class APOTrainer(RoundsTrainer):
         if alpha == 0:
             return {}
         hat = self._point()
-        dist.on_main(lambda: write_tensors(folder / "hat.safetensors", hat))
+        whole = whole_tensors(hat, self._weights())
+        dist.on_main(lambda: write_tensors(folder / "hat.safetensors", whole))
         previous, self._hat = self._hat, hat
         if not trained:
             return {}
@@ -226,7 +265,7 @@ class APOTrainer(RoundsTrainer):
         named = [name for name in hat if chosen is None or re.search(chosen, name)]
         check(bool(named), "extrapolate_modules", chosen, "the expression of some tensor that trains")
         step = {name: hat[name] - previous[name] for name in named}
-        size, weight = _norm(step.values()), _norm(hat[name] for name in named)
+        size, weight = self._norm(step), self._norm({name: hat[name] for name in named})
         figures = {"apo/step_norm": size, "apo/cos": self._cosine(step)}
         limit = self.args.max_extrapolation_ratio
         if limit is not None and alpha * size > limit * weight:
@@ -236,16 +275,18 @@ class APOTrainer(RoundsTrainer):
         new = {
             name: extrapolate(hat[name], previous[name], alpha) if name in step else hat[name] for name in hat
         }
-        broken = [name for name, value in new.items() if not value.isfinite().all()]
-        check(not broken, "the extrapolated weights", f"not finite in {broken[:1]}", "finite")
+        with dist.together():
+            broken = [name for name, value in new.items() if not value.isfinite().all()]
+            check(not broken, "the extrapolated weights", f"not finite in {broken[:1]}", "finite")
         self._write_point(new)
         return {name: value for name, value in figures.items() if value == value}
 
     def _cosine(self, step: Mapping[str, Tensor]) -> float:
         if self._step is None:
             return float("nan")
-        dot = sum(float((step[name].double() * old.double()).sum()) for name, old in self._step.items())
-        cosine = dot / max(_norm(step.values()) * _norm(self._step.values()), 1e-30)
+        products = {name: (step[name].double() * old.double()).sum() for name, old in self._step.items()}
+        dot = sum_over_parts(products, self._weights())
+        cosine = dot / max(self._norm(step) * self._norm(self._step), 1e-30)
         self._opposed = self._opposed + 1 if cosine < 0 else 0
         if self._opposed >= 2:
             logger.warning(
@@ -259,9 +300,8 @@ class APOTrainer(RoundsTrainer):
         if self._original is None:
             super().load_policy(point)
             return
-        with torch.no_grad():
-            for path, weight in base_weights(folded_layers(self._unwrapped())).items():
-                weight.copy_(point[path])
+        for path, weight in self._base().items():
+            put_part(weight, point[path])
         self._renew_adapter()
 
     def after_rounds(self, run: Path) -> None:
@@ -273,11 +313,15 @@ class APOTrainer(RoundsTrainer):
                 super().load_policy(self._hat)
             return
         final = self._hat if self.args.final == "hat" else self._point()
-        self.model = as_lora(self._unwrapped(), self._original, final)
+        folded = self._unwrapped()
+        reshard(folded)
+        self.model = as_lora(folded, self._original, final)
+        if isinstance(folded, FSDPModule):
+            folded.unshard()  # what is sharded with the outermost module, which is no longer called
         self.model_wrapped, self.optimizer = self.model, None
         self.callback_handler.model = cast(Any, self.model)
-        self._original = None
+        self._original, self._gave_back = None, self._whole_layers is not None
 
-
-def _norm(tensors: Any) -> float:
-    return sum(float(value.double().square().sum()) for value in tensors) ** 0.5
+    def _norm(self, tensors: Mapping[str, Tensor]) -> float:
+        squares = {name: value.double().square().sum() for name, value in tensors.items()}
+        return sum_over_parts(squares, self._weights()) ** 0.5

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from accelerate.test_utils import get_torch_dist_unique_port
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,8 +25,8 @@ def two_processes(module: str, *arguments: str | Path, timeout: int = 420, **env
         timeout: Seconds.
         **environment: Variables over those of this process.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    command += [str(get_torch_dist_unique_port()), "-m", module, *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a port that is free
+    command += ["--nproc_per_node", "2", "-m", module, *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout, check=False

@@ -36,3 +36,13 @@ def test_an_update_comes_back_as_a_lora_of_its_rank() -> None:
     whole = {name: p.detach() for name, p in result.merge_and_unload().named_parameters()}
     for path, value in final.items():
         torch.testing.assert_close(whole[f"{path}.weight"], value, rtol=0.0, atol=1e-6)
+
+
+def test_an_adapter_that_moves_the_bias_too_is_not_folded() -> None:
+    model = get_peft_model(nn_bias(), LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    with pytest.raises(ValueError, match="bias"):
+        folded_layers(model)  # type: ignore[arg-type]
+
+
+def nn_bias() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(4, 4))
