@@ -82,9 +82,7 @@ class AveragedWeightsCallback(Callback):
         check("DEEPSPEED" not in kind, name, "DeepSpeed", rule)
         flat = any(type(parameter).__name__ == "FlatParameter" for parameter in run.model.parameters())
         check(not flat, name, "FSDP1", "used with FSDP2: FSDP1 flattens parameters")
-        keeps = not (run.args.load_best_model_at_end and (self.use_for_eval or self.replace_weights))
-        rule = f"False with {type(self).__name__}: it would load raw weights, by the average's evaluations"
-        check(keeps, "load_best_model_at_end", True, rule)
+        self.check_best(run)
         others = () if self.trainer is None else self.trainer.callback_handler.callbacks
         apart = [c for c in others if isinstance(c, Callback) and "local_updates" in c.info.supports]
         for other in apart if dist.is_distributed() else ():
@@ -93,6 +91,17 @@ class AveragedWeightsCallback(Callback):
         self._model = run.model
         rule = "the name of some trainable tensor, or a part of it"
         check(bool(self._trained()), "params", self.params, rule)
+
+    def check_best(self, run: Run, unless: str = "") -> None:
+        """Refuse that the Trainer loads raw weights at the end, or by what the average's evaluations chose.
+
+        Args:
+            run: The run.
+            unless: What would be right, for the error.
+        """
+        keeps = not (run.args.load_best_model_at_end and (self.use_for_eval or self.replace_weights))
+        rule = f"False with {type(self).__name__}: it would load raw weights, by the average's evaluations"
+        check(keeps, "load_best_model_at_end", True, rule + unless)
 
     def averaged(self) -> Mapping[str, Tensor]:
         """Return what takes the place of the weights, by name; empty where there is no average yet."""
