@@ -20,7 +20,7 @@ from ..core.files import atomic_folder
 from .card import CardFacts, write_card
 from .preflight import Prepared
 from .recipe import Job
-from .sources import hub_id, load_model
+from .sources import auto_class, hub_id, load_model
 
 _PROBE_TOKENS = 64
 # Largest difference of logits, relative to the largest logit: rounding in fp32, and in 8 bits of mantissa
@@ -66,6 +66,8 @@ def probe_of(rows: Any, tokenizer: Any, device: torch.device) -> Tensor:
         ids = row["input_ids"]
     elif "prompt_ids" in row:
         ids = [*row["prompt_ids"], *row.get("chosen_ids", [])]
+    elif "chosen_ids" in row:
+        ids = row["chosen_ids"]
     elif isinstance(row["prompt"], str):
         ids = tokenizer(row["prompt"])["input_ids"]
     else:
@@ -173,11 +175,9 @@ class Outputs:
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
     def _reload_model(self, folder: Path) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
         dtype = next(self.trained.model.parameters()).dtype if self.prepared.adapter is None else "auto"
         trust = bool(self.job.settings.get("trust_remote_code", False))
-        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust)
+        model: Any = auto_class(self.job).from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust)
         return model.to(self.trained.device).eval()
 
     def _compare(self, name: str, reloaded: nn.Module) -> None:
@@ -221,24 +221,26 @@ def loading_snippet(job: Job, kind: str, place: str) -> str:
     """
     from ..core import registry
 
-    ours = kind in registry.names("adapter")
+    ours, auto = kind in registry.names("adapter"), job.kind.auto_class
     lines = ["import hf_ext  # makes the adapter type known to PEFT"] if ours else []
     if kind in ("full", "merged"):
-        lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{place}")')
+        lines += [f"from transformers import {auto}, AutoTokenizer", ""]
+        lines.append(f'model = {auto}.from_pretrained("{place}")')
     elif hub_id(job) is not None:
-        lines += ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", ""]
-        lines.append(f'model = AutoPeftModelForCausalLM.from_pretrained("{place}")')
+        peft_auto, labels = auto.replace("Auto", "AutoPeft", 1), ", num_labels=1" if job.kind.scores else ""
+        lines += [f"from peft import {peft_auto}", "from transformers import AutoTokenizer", ""]
+        lines.append(f'model = {peft_auto}.from_pretrained("{place}"{labels})')
     else:
         embedded = job.recipe.model_name_or_path.startswith("embedded:")
         base = f'resolve("{base_label(job)}")' if embedded else f'"path/to/{base_label(job)}"'
         lines += ["from hf_ext.assets import resolve"] if embedded else []
         lines += [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {auto}, AutoTokenizer",
             "",
         ]
-        lines.append(f'base = AutoModelForCausalLM.from_pretrained({base}, dtype="{job.recipe.dtype}")')
+        options = f'dtype="{job.recipe.dtype}"' + (", num_labels=1" if job.kind.scores else "")
+        lines.append(f"base = {auto}.from_pretrained({base}, {options})")
         lines.append(f'model = PeftModel.from_pretrained(base, "{place}")')
     return "\n".join([*lines, f'tokenizer = AutoTokenizer.from_pretrained("{place}")'])
 

@@ -25,6 +25,7 @@ from .callbacks import build_callbacks
 from .checkpoints import checkpoints, find_checkpoint
 from .recipe import EXPECTED_PROCESSES, Job, one_line
 from .sources import (
+    auto_class,
     load_config,
     load_data,
     load_other_datasets,
@@ -276,7 +277,7 @@ def build_adapter(job: Job, field: str = "adapter") -> PeftConfig | None:
     own = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.name != "peft_type"}
     fields = {name: value for name, value in given.items() if name != "type"}
     settings = check_fields(fields, own, where=job.where, prefix=f"{field}.")
-    settings.setdefault("task_type", "CAUSAL_LM")
+    settings.setdefault("task_type", job.kind.task_type)
     try:
         return cls(**settings)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError) as error:
@@ -291,6 +292,9 @@ def adapter_name(adapter: PeftConfig | None) -> str:
 
 def _check_outputs(job: Job, adapter: PeftConfig | None) -> None:
     name = adapter_name(adapter)
+    samples = job.recipe.generate_samples
+    fits = not (samples and job.kind.scores)
+    check(fits, f"{job.where}: generate_samples", samples, "0 for a reward model, which writes no text")
     flags: Mapping[str, frozenset[str]] = {row.name: row.supports for row in registry.methods("adapter")}
     if job.recipe.export_lora:
         able = sorted(known for known, supports in flags.items() if "lora_export" in supports)
@@ -330,13 +334,11 @@ def skeleton(job: Job, args: TrainingArguments) -> nn.Module:
 
 
 def _on_meta(job: Job, config: PretrainedConfig) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     trust = {"trust_remote_code": bool(job.settings.get("trust_remote_code", False))}
     options = {name: value for name, value in model_options(job).items() if name == "attn_implementation"}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), **trust, **options)
+            return auto_class(job).from_config(copy.deepcopy(config), **trust, **options)
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"{job.where}: model_name_or_path {job.recipe.model_name_or_path!r}: {one_line(error)}"

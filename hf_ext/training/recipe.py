@@ -38,7 +38,7 @@ _REFUSED = {
 
 _ROLES = (
     *("prompt", "completion", "messages", "text", "chosen", "rejected", "answer", "anchors", "refusal"),
-    *("pass_rate", "sample_weight"),
+    *("pass_rate", "sample_weight", "label", "input_ids"),
 )
 
 
@@ -66,7 +66,8 @@ class Recipe:
             where the data set has other names.
         max_train_samples: Rows to train on, taken evenly over the split; None for all.
         max_eval_samples: Rows to evaluate on, taken evenly over the split; None for all.
-        trainer: Kind of training: "sft", "dpo", "distillation", or one of `hf-ext list trainer`.
+        trainer: Kind of training: "trainer" (Transformers' own, on text), TRL's "sft", "dpo", "kto",
+            "reward", "grpo", "rloo" and "distillation", or one of `hf-ext list trainer`.
         other_models: Frozen models by the trainer's argument (`teacher_model`, ...), named as
             model_name_or_path is.
         other_datasets: Further data sets by the trainer's argument (`retain_dataset`, ...), named as

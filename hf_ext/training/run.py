@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Columns that trainers read beside those of their data's form.
 _READ = {"tools", "images", "chat_template_kwargs", "prompt", "completion", "messages", "chosen", "rejected",
-         "anchors", "refusal", "pass_rate", "pass_n", "sample_weight"}  # fmt: skip
+         "anchors", "refusal", "label", "input_ids", "attention_mask", "pass_rate", "pass_n",
+         "sample_weight"}  # fmt: skip
 Say = Callable[[str], None]
 _LIBRARIES = ("hf-ext", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 EXPECTED = (ValueError, TypeError, OSError, ImportError)

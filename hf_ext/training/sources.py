@@ -59,7 +59,8 @@ def load_config(job: Job) -> PretrainedConfig:
 
     path = model_path(job)
     try:
-        return AutoConfig.from_pretrained(path, **_where_from(job))
+        labels = {"num_labels": 1} if job.kind.scores else {}
+        return AutoConfig.from_pretrained(path, **_where_from(job), **labels)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{job.where}: model_name_or_path {job.recipe.model_name_or_path!r}: {one_line(error)}"
@@ -85,9 +86,14 @@ def load_tokenizer(job: Job) -> PreTrainedTokenizerBase:
 
 def load_model(job: Job) -> PreTrainedModel:
     """Read the model's weights."""
-    from transformers import AutoModelForCausalLM
+    return auto_class(job).from_pretrained(model_path(job), **_where_from(job), **model_options(job))
 
-    return AutoModelForCausalLM.from_pretrained(model_path(job), **_where_from(job), **model_options(job))
+
+def auto_class(job: Job) -> Any:
+    """Return the class of transformers that reads the recipe's model."""
+    import transformers
+
+    return getattr(transformers, job.kind.auto_class)
 
 
 def load_other_models(job: Job) -> dict[str, PreTrainedModel]:
@@ -95,7 +101,8 @@ def load_other_models(job: Job) -> dict[str, PreTrainedModel]:
     from transformers import AutoModelForCausalLM
 
     options = {**_where_from(job), **model_options(job)}
-    options.pop("revision", None)  # that of the trained model
+    for name in ("revision", "num_labels"):  # those of the trained model
+        options.pop(name, None)
     return {
         role: AutoModelForCausalLM.from_pretrained(model_path(job, name, f"other_models.{role}"), **options)
         for role, name in job.recipe.other_models.items()
@@ -106,6 +113,8 @@ def model_options(job: Job) -> dict[str, Any]:
     """Return the options of `from_pretrained` that shape the model."""
     options: dict[str, Any] = dict(_as_dict(job.settings.get("model_init_kwargs")))
     options.setdefault("dtype", job.recipe.dtype)
+    if job.kind.scores:
+        options.setdefault("num_labels", 1)
     if job.recipe.attn_implementation is not None:
         options["attn_implementation"] = job.recipe.attn_implementation
     return options

@@ -1,4 +1,4 @@
-"""The kinds of training that a recipe names: some of TRL's trainers, and all of the library's."""
+"""The kinds of training that a recipe names: Transformers' Trainer, TRL's trainers, and the library's."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from ..core.registry import Inputs
 if TYPE_CHECKING:
     from .recipe import Job
 
-# TRL's own: trainer and config by module.
-_OF_TRL = {
-    "sft": ("trl.trainer.sft_trainer.SFTTrainer", "trl.trainer.sft_config.SFTConfig"),
-    "dpo": ("trl.trainer.dpo_trainer.DPOTrainer", "trl.trainer.dpo_config.DPOConfig"),
-    "distillation": (
-        "trl.trainer.distillation_trainer.DistillationTrainer",
-        "trl.trainer.distillation_config.DistillationConfig",
-    ),
+_PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+# What upstream's trainers take: Transformers' own, and TRL's.
+_UPSTREAM = {
+    "trainer": Inputs(columns=(("text",), ("input_ids",))),
+    "sft": Inputs(columns=(("prompt", "completion"), ("messages",), ("text",))),
+    "dpo": Inputs(columns=_PAIRS),
+    "kto": Inputs(columns=(("prompt", "completion", "label"),)),
+    "reward": Inputs(columns=_PAIRS),
+    "grpo": Inputs(columns=(("prompt",),), reward=True),
+    "rloo": Inputs(columns=(("prompt",),), reward=True),
+    "distillation": Inputs(columns=(("prompt",),), models={"teacher_model": True}),
 }
+_SPELLED = {"kto": "KTO", "sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "rloo": "RLOO"}
 _OURS = {row.name: row for row in METHODS if row.kind == "trainer"}
-NAMES = (*_OF_TRL, *sorted(_OURS))
+NAMES = (*_UPSTREAM, *sorted(_OURS))
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Kind:
         config: Its config's class.
         inputs: What it takes beside model and settings.
         in_rounds: Whether it trains in rounds, each with checkpoints of its own.
+        scores: Whether the model is a reward model: a causal one's body, with one number for each row.
     """
 
     name: str
@@ -48,17 +53,30 @@ class Kind:
     config: Any
     inputs: Inputs
     in_rounds: bool = False
+    scores: bool = False
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of what the model does."""
+        return "SEQ_CLS" if self.scores else "CAUSAL_LM"
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the class of transformers that reads the model."""
+        return "AutoModelForSequenceClassification" if self.scores else "AutoModelForCausalLM"
 
 
 def config_of(name: str) -> Any:
-    """Return the config class of a kind, without importing its trainer where it is TRL's.
+    """Return the config class of a kind, without importing its trainer where it is upstream's.
 
     Raises:
         ValueError: There is no such kind; close matches are offered.
     """
     check_choice("trainer", name, NAMES)
-    if name in _OF_TRL:
-        return _imported(_OF_TRL[name][1])
+    if name == "trainer":
+        return _imported("transformers.TrainingArguments")
+    if name in _UPSTREAM:
+        return _imported(f"trl.trainer.{name}_config.{_spelled(name)}Config")
     row = _OURS[name]
     return getattr(importlib.import_module(row.module), str(row.config))
 
@@ -71,19 +89,23 @@ def kind_of(name: str) -> Kind:
         ValueError: There is no such kind; close matches are offered.
     """
     config = config_of(name)
-    if name in _OF_TRL:
-        inputs = {
-            "sft": Inputs(columns=(("prompt", "completion"), ("messages",), ("text",))),
-            "dpo": Inputs(columns=(("prompt", "chosen", "rejected"), ("chosen", "rejected"))),
-            "distillation": Inputs(columns=(("prompt",),), models={"teacher_model": True}),
-        }
-        return Kind(name, _imported(_OF_TRL[name][0]), config, inputs[name])
+    if name == "trainer":
+        from .causal_lm import CausalLMTrainer
+
+        return Kind(name, CausalLMTrainer, config, _UPSTREAM[name])
+    if name in _UPSTREAM:
+        theirs = _imported(f"trl.trainer.{name}_trainer.{_spelled(name)}Trainer")
+        return Kind(name, theirs, config, _UPSTREAM[name], scores=name == "reward")
     from ..core import registry
 
     importlib.import_module(_OURS[name].module)
     row = registry.get("trainer", name)
     trainer: Any = row.target
     return Kind(name, trainer, config, trainer.inputs, "rounds" in row.supports)
+
+
+def _spelled(name: str) -> str:
+    return _SPELLED.get(name, name.capitalize())
 
 
 @contextlib.contextmanager

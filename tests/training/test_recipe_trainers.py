@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification
 
 from hf_ext.cli import main
 from hf_ext.core.files import read_tensors
 from hf_ext.core.registry import MethodInfo
+from hf_ext.training.causal_lm import _tokenized
+from hf_ext.training.recipe import read_recipe
+from hf_ext.training.run import build_trainer, check_job
 from hf_ext.training.trainers import NAMES, kind_of
 from tests.registry_cases import methods
 from tests.trainers.runs import rows
@@ -90,12 +94,93 @@ def json_settings(info: MethodInfo) -> dict[str, Any]:
     return json.loads(json.dumps(dict(info.test_kwargs)))
 
 
-@pytest.mark.parametrize("name", ["dpo", "distillation"])
-def test_trainers_of_trl_run_too(
-    name: str, tmp_path: Path, recipe: Recipes, model_folder: Path, every_column: dict[str, str]
+UPSTREAM = ["trainer", "dpo", "kto", "reward", "grpo", "rloo", "distillation"]
+
+
+def settings_upstream(name: str, model: Path, data: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Return a recipe's keys for one of upstream's trainers, with rows of its own where it needs them."""
+    keys = settings_of(name, model, data)
+    made = {
+        "trainer": [{"text": f"{number} and {number + 1} are numbers"} for number in range(24)],
+        "kto": [
+            {
+                "prompt": f"{number} is",
+                "completion": " even" if number % 2 else " odd",
+                "label": number % 3 > 0,
+            }
+            for number in range(24)
+        ],
+    }
+    if name in made:
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in made[name]))
+        keys["dataset_name"] = str(path)
+    if name in ("grpo", "rloo"):
+        keys |= {"num_generations": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    return keys
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_trainers_of_upstream_run_too(
+    name: str,
+    adapter: bool,
+    tmp_path: Path,
+    recipe: Recipes,
+    model_folder: Path,
+    every_column: dict[str, str],
 ) -> None:
-    assert main(["train", recipe(**settings_of(name, model_folder, every_column))]) == 0
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["trainer"] == name
+    keys = settings_upstream(name, model_folder, every_column, tmp_path)
+    keys |= {"export_lora": True, "merge": True} if adapter else {"adapter": None}
+    assert main(["train", recipe(**keys)]) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["trainer"] == name
+    # Each folder was reloaded and compared with the trained model before it was put in place.
+    assert set(metrics["logit_difference"]) == ({"adapter", "lora", "merged"} if adapter else {"model"})
+    before, after = (
+        read_tensors(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+        for folder in (model_folder, out / ("merged" if adapter else "model"))
+    )
+    if name != "distillation":  # where the teacher is the model itself: there is nothing to learn
+        assert not before.equal(after)
+
+
+def test_a_reward_model_has_one_score_and_its_card_tells_how_to_load_it(
+    tmp_path: Path,
+    recipe: Recipes,
+    model_folder: Path,
+    every_column: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys = settings_upstream("reward", model_folder, every_column, tmp_path)
+    assert main(["train", recipe(**{**keys, "generate_samples": 1})]) != 0
+    assert "generate_samples must be 0 for a reward model" in capsys.readouterr().err
+    assert main(["train", recipe(**{**keys, "merge": True})]) == 0
+    text = (tmp_path / "out" / "merged" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained(" in text
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
+    assert model.config.num_labels == 1
+    assert "num_labels=1" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+
+
+def test_plain_training_ends_each_row_and_cuts_it_at_the_context(
+    tmp_path: Path, recipe: Recipes, model_folder: Path, every_column: dict[str, str]
+) -> None:
+    keys = settings_upstream("trainer", model_folder, every_column, tmp_path)
+    job = read_recipe(recipe(**keys))
+    ready = check_job(job)
+    trainer = build_trainer(ready)
+    limit, end = trainer.model.config.max_position_embeddings, ready.prepared.tokenizer.eos_token_id
+    row = trainer.train_dataset[0]["input_ids"]
+    text = ready.prepared.train[0]["text"]
+    assert row[-1] == end
+    assert ready.prepared.tokenizer.decode(row[:-1], skip_special_tokens=True) == text
+    batch = trainer.data_collator([{"input_ids": [5, end]}, {"input_ids": [5, 6, 7, end]}])
+    assert batch["labels"][1].tolist() == [5, 6, 7, end]
+    assert batch["labels"][0].tolist()[2:] == [-100, -100]
+    long = ready.prepared.train.from_dict({"text": [text * limit]})
+    assert len(_tokenized(long, ready.prepared.tokenizer, limit)[0]["input_ids"]) == limit
 
 
 def test_an_embedded_task_brings_pairs_prompts_and_its_reward(
