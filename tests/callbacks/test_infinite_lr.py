@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_ext.callbacks import InfiniteLRCallback, InfiniteLRCurve
-from hf_ext.callbacks.infinite_lr import ANNEALS, COOLDOWNS
+from hf_ext.callbacks._infinite_curve import ANNEALS, COOLDOWNS
 from tests.callbacks.runs import SaveAt, StopAt, build, equal, logged, parameters, rows, tiny_model
 from tests.reference.infinite_lr import learning_rate
 
