@@ -128,6 +128,10 @@ class TokenLossTrainer(SFTTrainer):
             inputs: As `token_loss` will be given them.
         """
 
+    def forward_parts(self, inputs: Mapping[str, Any]) -> list[slice]:
+        """Return which rows of a micro-batch go through the model together; by default all of them."""
+        return [slice(None)]
+
     def wants_row_ids(self, args: Any) -> bool:
         """Return whether training rows are to carry their number (`ROW`) into the batches."""
         return False
@@ -151,6 +155,10 @@ class TokenLossTrainer(SFTTrainer):
         self.before_forward({**inputs, **own})
         states: list[Tensor] = []
         found: list[Tensor] = []
+        parts, multiple = self.forward_parts({**inputs, **own}), cast(Any, self.args).pad_to_multiple_of
+
+        def call(**given: Any) -> Any:
+            return forward_in_parts(model, given, parts, states, multiple)
 
         def exchange(outputs: Any) -> Any:
             loss = self.token_loss(
@@ -168,7 +176,7 @@ class TokenLossTrainer(SFTTrainer):
             return outputs
 
         with last_hidden_states(self.accelerator.unwrap_model(model), states if self.needs_hidden else None):
-            through: Any = _Through(model, exchange)
+            through: Any = _Through(call if len(parts) > 1 else model, exchange)
             done = super().compute_loss(through, inputs, return_outputs, num_items_in_batch)
         if found[0].ndim:
             return done
@@ -276,6 +284,53 @@ class _Through:
     def __call__(self, **inputs: Any) -> Any:
         outputs = self.model(**inputs)
         return self.change(outputs) if inputs.get("fused_lm_head") else outputs
+
+
+def forward_in_parts(
+    model: Any, inputs: Mapping[str, Any], parts: list[slice], states: list[Tensor], multiple: int | None
+) -> Any:
+    """Run a model with TRL's fused head on parts of a batch's rows, each without the padding of the others.
+
+    Args:
+        model: The model.
+        inputs: Its inputs, with `input_ids` (B, L), padded on the right.
+        parts: Rows of each forward; together all of them, in order.
+        states: Where `last_hidden_states` appends; the parts' are replaced by those of the batch.
+        multiple: Lengths are rounded up to a multiple of it; None for no rounding.
+
+    Returns:
+        The outputs of the batch; positions that were cut off have zeros, and a label that does not count.
+    """
+    if len(parts) == 1 or not inputs.get("fused_lm_head"):
+        return model(**inputs)
+    rows, longest = inputs["input_ids"].shape
+    outputs, cut = [], []
+    before = len(states)
+    for part in parts:
+        used = int(inputs["attention_mask"][part].any(0).nonzero().max()) + 1
+        length = min(longest, -(-used // multiple) * multiple if multiple else used)
+        own = {name: _of_part(value, part, rows, longest, length) for name, value in inputs.items()}
+        outputs.append(model(**own))
+        cut.append(longest - length)
+
+    def join(values: list[Tensor], axis: int) -> Tensor:
+        padding = (0, 0) * (values[0].ndim - 1 - axis)
+        return torch.cat([F.pad(value, (*padding, 0, more)) for value, more in zip(values, cut, strict=True)])
+
+    if len(states) > before:
+        states[before:] = [join(states[before:], 1)]
+    joined = {
+        name: join([output[name] for output in outputs], 1)
+        for name, value in outputs[0].items()
+        if isinstance(value, Tensor) and value.ndim == 2
+    }
+    return type(outputs[0])(**joined)
+
+
+def _of_part(value: Any, part: slice, rows: int, longest: int, length: int) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
+        return value
+    return value[part, :length] if value.ndim > 1 and value.size(1) == longest else value[part]
 
 
 # Whole distributions ----------------------------------------------------------------------------------------

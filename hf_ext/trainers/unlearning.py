@@ -46,6 +46,8 @@ from ._token_loss import (
     TokenLossTrainer,
     TokenOutputs,
     cross_entropy_to,
+    forward_in_parts,
+    is_prompt_learning,
     last_hidden_states,
     refuse_without_rows,
 )
@@ -75,6 +77,10 @@ class UnlearningConfig(SFTConfig):
             copy of the trained tensors is kept and run at each step.
         refusals: Answers that "po" draws from, one for each forget row; None where the data have a column
             `refusal`.
+        separate_forward: Whether forget and retain rows have a forward each, without the padding that the
+            longer rows of the other set would need; the loss is the same.
+        global_norm: Whether means are over the tokens and rows of an update, on all processes and in all its
+            micro-batches; if not, over those of each micro-batch, so that rows weigh by the one they are in.
 
     Raises:
         ValueError: A field is outside its range.
@@ -89,6 +95,8 @@ class UnlearningConfig(SFTConfig):
     max_forget_loss: float | None = None
     precompute_ref: bool = True
     refusals: list[str] | None = None
+    separate_forward: bool = False
+    global_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +111,9 @@ class UnlearningConfig(SFTConfig):
         answers = self.refusals
         check(answers is None or (bool(answers) and all(answers)), "refusals", answers, "answers, none empty")
         refuse_without_rows(self, "the losses are of single rows")
+        one_d = self.unlearn_loss == "npo" and self.npo_level == "token_mean"
+        rule = "False with npo_level='token_mean', which has one log-ratio for each micro-batch"
+        check(not (self.global_norm and one_d), "global_norm", True, rule)
 
     @property
     def retains(self) -> bool:
@@ -127,6 +138,38 @@ def npo_weight(d: Tensor, beta: float) -> Tensor:
 def mean_nll(outputs: TokenOutputs) -> Tensor:
     """Return the mean negative log-likelihood of the rows' label tokens, nats, as a scalar in fp32."""
     return -outputs.log_probs.float().sum() / outputs.label_mask.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the means of an update are over, with `global_norm`.
+
+    Args:
+        forget_tokens: Label tokens of its forget rows.
+        retain_tokens: Label tokens of its retain rows.
+        forget_rows: Its forget rows.
+        micro_batches: Its micro-batches on all processes, whose losses are averaged.
+    """
+
+    forget_tokens: float
+    retain_tokens: float
+    forget_rows: float
+    micro_batches: float
+
+    @classmethod
+    def of(cls, batches: list[dict[str, Any]], first: int) -> Counts:
+        """Return the counts of an update (a collective).
+
+        Args:
+            batches: This process's micro-batches.
+            first: The first position whose label can be predicted: 1, or 0 after virtual tokens.
+        """
+        found = torch.zeros(4, dtype=torch.float64)
+        for batch in batches:
+            there, count = batch["labels"][:, first:] != -100, batch["num_forget"]
+            tokens = [float(there[rows].sum()) for rows in (slice(count), slice(count, None))]
+            found += torch.tensor([*tokens, count, 1.0], dtype=torch.float64)
+        return cls(*dist.all_reduce_sum_(found).tolist())
 
 
 # Batches ----------------------------------------------------------------------------------------------------
@@ -187,6 +230,9 @@ class _Watch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.unlearn_collator.start_epoch(int((state.epoch or 0.0) + 1e-6))
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._counts = None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.unlearn_loss not in ("ga", "graddiff"):
             return
@@ -229,6 +275,7 @@ class _Watch(TrainerCallback):
         {"retain_per_forget": -1},
         {"max_forget_loss": 0.0},
         {"refusals": []},
+        {"unlearn_loss": "npo", "npo_level": "token_mean", "global_norm": True},
         {"packing": True},
         {"loss_type": "dft"},
     ),
@@ -238,7 +285,8 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
 
     `train_dataset` is the set to forget. Each micro-batch holds its rows and the retain rows drawn for them,
     in one forward; the loss is of the micro-batch, and the mean over micro-batches and processes is trained
-    on, so that rows weigh by the micro-batch that they fall in. Evaluation computes SFT's loss.
+    on, so that rows weigh by the micro-batch that they fall in (with `global_norm` all weigh alike).
+    Evaluation computes SFT's loss.
 
     In a checkpoint: NPO's reference log-probabilities (float32, one for each forget row), or a fingerprint of
     the reference's weights where those are kept instead.
@@ -276,6 +324,9 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
         self._ref_logps: Tensor | None = None
         self._losses: list[float] = []
         self._known: Any = None  # of the reference, for this micro-batch
+        self._counts: Counts | None = None  # of the update in work
+        mixed = args.separate_forward and self.aux_loss_enabled
+        check(not mixed, "separate_forward", True, "False with router losses, which are of a whole batch")
         if self._needs_distribution() or (args.unlearn_loss == "npo" and not args.precompute_ref):
             field = "retain_loss='kl'" if self._needs_distribution() else "precompute_ref=False"
             rule = "started from its data before the trainer is made: the reference is a copy of the start"
@@ -384,6 +435,32 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
 
     # The loss -------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of an update, and count what its means are over."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.global_norm and batches:
+            self._counts = Counts.of(batches, 0 if is_prompt_learning(self._unwrapped()) else 1)
+        return batches, items
+
+    def forward_parts(self, inputs: Mapping[str, Any]) -> list[slice]:
+        """Return forget rows and retain rows apart with `separate_forward`, else all rows."""
+        count = inputs["num_forget"]
+        if self.args.separate_forward and self.args.retains:
+            return [slice(count), slice(count, None)]
+        return [slice(None)]
+
+    def _in_update(self, mean: Tensor, own: Tensor | int, kind: str) -> Tensor:
+        """Return a micro-batch's part of a mean over the update with `global_norm`, else its own mean.
+
+        Args:
+            mean: Its own mean.
+            own: How many tokens or rows that is over.
+            kind: The field of `Counts` for all of them.
+        """
+        if self._counts is None:
+            return mean
+        return mean * (own * self._counts.micro_batches / max(getattr(self._counts, kind), 1.0))
+
     def token_loss(self, outputs: TokenOutputs, inputs: Mapping[str, Any]) -> Tensor:
         """Return the loss of a micro-batch as a scalar."""
         args, count = self.args, inputs["num_forget"]
@@ -392,16 +469,16 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
         metrics: dict[str, Tensor] = {"forget_nll": nll, "forget_token_acc": _accuracy(forget)}
         if args.unlearn_loss == "po":
             metrics = {"refusal_nll": nll}
-            loss = nll
+            loss = self._in_update(nll, forget.label_mask.sum(), "forget_tokens")
         elif args.unlearn_loss == "npo":
             d = self._log_ratios(forget, inputs)
-            loss = npo_loss(d, args.npo_beta)
+            loss = self._in_update(npo_loss(d, args.npo_beta), len(d), "forget_rows")
             metrics |= {"d_mean": d.mean(), "npo_weight": npo_weight(d, args.npo_beta).mean()}
         else:
-            loss = -nll
+            loss = -self._in_update(nll, forget.label_mask.sum(), "forget_tokens")
         if args.retains:
             term = self._divergence(retain, inputs) if args.retain_loss == "kl" else mean_nll(retain)
-            loss = loss + args.gamma_u * term
+            loss = loss + args.gamma_u * self._in_update(term, retain.label_mask.sum(), "retain_tokens")
             metrics |= {"retain": term, "retain_token_acc": _accuracy(retain)}
         self.record({f"unlearn/{name}": value for name, value in metrics.items()})
         if args.unlearn_loss in ("ga", "graddiff"):
@@ -446,7 +523,9 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
         model, states = self._unwrapped(), []
         own, labels = model_inputs(inputs, drop=frozenset(self.own_inputs)), inputs["labels"]
         with self._reference.in_place_of(model), last_hidden_states(model, states):
-            outputs = model(**own, labels=labels, fused_lm_head=True)
+            given = {**own, "labels": labels, "fused_lm_head": True}
+            parts, multiple = self.forward_parts(inputs), cast(Any, self.args).pad_to_multiple_of
+            outputs = forward_in_parts(model, given, parts, states, multiple)
             self._known = outputs, states[-1], Head.of(model, detach=True)
 
 

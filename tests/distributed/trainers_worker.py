@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,23 @@ ADAPTERS = {"apo": ("lora", "loldu"), "online_iterative_dpo": ("loldu",)}
 
 @dataclass(frozen=True)
 class Case:
-    """A trainer, and the type of its adapter if it has one."""
+    """A trainer, the type of its adapter if it has one, and settings other than its test settings."""
 
     info: MethodInfo
     adapter: str | None = None
+    settings: Mapping[str, Any] | None = None
 
 
 def cases(mode: str = "fsdp2") -> dict[str, Case]:
     """Return every registered trainer on the whole model and, with FSDP2, those with rounds on adapters."""
     found = {str(case.id): Case(case.values[0]) for case in methods("trainer", variants=False)}
+    apart = {
+        "unlearn_loss": "graddiff",
+        "max_forget_loss": 1e4,
+        "separate_forward": True,
+        "global_norm": True,
+    }
+    found["unlearning-global"] = Case(found["unlearning"].info, settings=apart)
     if mode != "fsdp2":
         return found
     return found | {
@@ -81,7 +90,7 @@ def run(folder: Path, case: Case, mode: str, *, resume: bool = False) -> dict[st
     # As many rows, in a round too, as fill whole batches: processes fill up the last one of an epoch.
     data = columns(rows(16), target.inputs.columns[0])
     config = None if case.adapter is None else adapter(case.adapter)
-    trainer = build(info, folder, data=data, peft_config=config, **options)
+    trainer = build(info, folder, data=data, peft_config=config, settings=case.settings, **options)
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.accelerator.num_processes == (1 if mode == "accumulated" else 2)
     model = trainer.accelerator.unwrap_model(trainer.model)

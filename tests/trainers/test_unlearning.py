@@ -17,7 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from hf_ext.adapters import LoraGaConfig
-from hf_ext.trainers import UnlearnCollator, UnlearningTrainer, npo_loss, npo_weight
+from hf_ext.trainers import UnlearnCollator, UnlearningTrainer, npo_loss, npo_weight, unlearning
 from hf_ext.trainers._token_loss import ROW
 from tests.callbacks.runs import StopAt, equal
 from tests.reference import unlearning as reference
@@ -481,3 +481,96 @@ def test_an_adapter_that_waits_for_its_data_is_refused_where_its_start_is_kept(t
     settings = {"retain_loss": "kl"}
     with pytest.raises(ValueError, match="started from its data before"):
         build(UnlearningTrainer.info, tmp_path, settings=settings, peft_config=waiting)
+
+
+# Forwards and norms -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "form", [FORMS[i] for i in (0, 1, 2, 5)], ids=lambda form: "-".join(map(str, form.values()))
+)
+def test_separate_forwards_give_the_joint_gradients_without_the_others_padding(
+    form: dict[str, Any], tmp_path: Path
+) -> None:
+    long = rows(4, start=300).map(lambda row: {"completion": 4 * row["completion"]})
+    found: list[tuple[float, dict[str, torch.Tensor]]] = []
+    widths: list[list[tuple[int, ...]]] = []
+    for separate in (False, True):
+        given = {"retain_dataset": columns(long, ("prompt", "completion"))}
+        more = {"pad_to_multiple_of": 8, "max_length": 96}
+        trainer = make(tmp_path / str(separate), given=given, separate_forward=separate, **form, **more)
+        noisy(trainer)
+        seen: list[tuple[int, ...]] = []
+        hook = trainer.model.model.register_forward_pre_hook(
+            lambda module, args, given, seen=seen: seen.append(tuple(given["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        found.append(gradients(trainer, batch_of(trainer)))
+        widths.append(seen)
+        hook.remove()
+    joint, apart = widths
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    close(found[1][1], found[0][1], 2e-6)
+    if form["unlearn_loss"] == "ga":
+        assert apart == joint
+        return
+    # As many forwards again, the forget rows' shorter; lengths are multiples of eight as asked for.
+    assert [rows for rows, _ in joint] == [4] * len(joint)
+    assert [rows for rows, _ in apart] == [2] * 2 * len(joint)
+    assert all(short < width == long for (_, short), (_, long), (_, width) in zip(
+        apart[::2], apart[1::2], joint, strict=True))  # fmt: skip
+    assert not any(width % 8 for _, width in apart)
+
+
+@pytest.mark.parametrize(
+    "form", [FORMS[i] for i in (1, 2, 3)], ids=lambda form: "-".join(map(str, form.values()))
+)
+def test_with_global_norm_micro_batches_are_one_batch(form: dict[str, Any], tmp_path: Path) -> None:
+    uneven = rows(4).map(lambda row, i: {"completion": (1 + i % 3) * row["completion"]}, with_indices=True)
+    ends: list[dict[str, torch.Tensor]] = []
+    for size, accumulation, globally in ((4, 1, False), (2, 2, True), (2, 2, False)):
+        trainer = make(
+            tmp_path / f"{size}{globally}",
+            global_norm=globally,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            data=columns(uneven, ("prompt", "completion")),
+            **form,
+        )
+        noisy(trainer)
+        trainer.train()
+        ends.append(parameters(trainer))
+    close(ends[1], ends[0], 2e-6)
+    # Without it, rows of uneven lengths weigh by their micro-batch.
+    assert max(float((ends[2][name] - ends[0][name]).abs().max()) for name in ends[0]) > 2e-5
+
+
+def test_global_norm_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # This process has 3 and 5 forget tokens in two micro-batches of one row, 2 and 2 to retain; the other
+    # one 4 and 8, 1 and 3.
+    def batch(forget: int, retain: int) -> dict[str, Any]:
+        labels = torch.full((2, 10), -100)
+        labels[0, 1 : 1 + forget], labels[1, 1 : 1 + retain] = 1, 1
+        return {"labels": labels, "num_forget": 1}
+
+    other = torch.tensor([12.0, 4.0, 2.0, 2.0], dtype=torch.float64)
+    monkeypatch.setattr(unlearning.dist, "all_reduce_sum_", lambda tensor: tensor.add_(other))
+    counts = unlearning.Counts.of([batch(3, 2), batch(5, 2)], 1)
+    assert counts == unlearning.Counts(20.0, 8.0, 4.0, 4.0)
+    trainer = make(tmp_path, unlearn_loss="graddiff", global_norm=True)
+    trainer._counts = counts
+    # The mean over micro-batches and processes, which is trained on, divides by four: 3 tokens of mean 2 nats
+    # are 6 of 20 tokens' nats; one row of the four has a quarter.
+    assert float(trainer._in_update(torch.tensor(2.0), 3, "forget_tokens")) / 4 == pytest.approx(6 / 20)
+    assert float(trainer._in_update(torch.tensor(2.0), 2, "retain_tokens")) / 4 == pytest.approx(4 / 8)
+    assert float(trainer._in_update(torch.tensor(2.0), 1, "forget_rows")) / 4 == pytest.approx(2 / 4)
+
+
+def test_a_loss_outside_of_training_is_the_micro_batchs(tmp_path: Path) -> None:
+    trainer = make(tmp_path, unlearn_loss="graddiff", global_norm=True, max_steps=1)
+    trainer.train()
+    plain = make(tmp_path / "plain", unlearn_loss="graddiff", model=trainer.model)
+    batch = batch_of(plain)
+    trainer.model.train()
+    assert gradients(trainer, batch)[0] == gradients(plain, batch)[0]
