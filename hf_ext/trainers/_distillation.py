@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Columns that may hold a row's completion, the first one found is taken.
 COMPLETIONS = ("completion", "chosen")
+# Column with what the teacher is shown in the place of the prompt, such as the prompt with a solution.
+TEACHER_PROMPT = "teacher_prompt"
 # Column with the number of a training row, in the order in which the rows were given.
 ROW = "row_id"
 # Logits of one model in one piece of the positions.
@@ -87,9 +89,11 @@ class TargetDistillationTrainer(DistillationTrainer):
 
     Args:
         model: As TRL's.
-        teacher_model: As TRL's; or the name of a frozen adapter of `model`, a PeftModel.
+        teacher_model: As TRL's; or the name of a frozen adapter of `model`, a PeftModel; or None for the base
+            under the adapter that is trained.
         args: The trainer's own config.
-        train_dataset: Rows with `prompt`, and with `completion` or `chosen` where completions come from it.
+        train_dataset: Rows with `prompt`, and with `completion` or `chosen` where completions come from it;
+            with `teacher_prompt` the teachers are shown that in its place.
         eval_dataset: As `train_dataset`, or several by name.
         *positional: TRL's further arguments.
         more_teachers: Further teachers by argument name; None where one is left out.
@@ -128,6 +132,10 @@ class TargetDistillationTrainer(DistillationTrainer):
         wanted = "dataset" in self.completion_sources(args)
         for field, rows in _named(train_dataset, eval_dataset):
             check_rows(rows, field, completions=wanted)
+        self._teacher_prompts = TEACHER_PROMPT in (getattr(train_dataset, "column_names", None) or ())
+        for field, rows in _named(train_dataset, eval_dataset) if self._teacher_prompts else ():
+            check_columns(rows, (TEACHER_PROMPT,), field)
+            check_filled(rows, (TEACHER_PROMPT,), field)
         first = None if teacher_field in adapters else teacher_model
         self._from_rows: list[dict[str, Any]] | None = None
         self._completion_ids: list[list[int]] | None = None
@@ -142,11 +150,20 @@ class TargetDistillationTrainer(DistillationTrainer):
             if field in adapters:
                 _freeze(self.accelerator.unwrap_model(self.model), teacher)
                 self._teachers.append(teacher)
+            elif field == teacher_field and teacher is None:
+                adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+                rule = "given where no adapter is trained: the same model once more, or its name"
+                check(adapted, field, None, rule)
+                self._teachers.append(None)
             elif field == teacher_field:
                 self._check_loaded(self.teacher_model, field)
                 self._teachers.append(self.teacher_model)
             elif teacher is not None:
                 self._teachers.append(self._prepared(teacher, field))
+        if self._teacher_prompts:
+            check(not self._is_vlm, "processing_class", "a processor", f"a tokenizer, for {TEACHER_PROMPT}")
+            for field, rows in _named(train_dataset, eval_dataset):
+                self._check_teacher_room(rows, field)
         if self.composes():
             stage = getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0)
             check(stage != 3, "DeepSpeed's stage", stage, "below 3: the teachers' heads are read whole")
@@ -215,6 +232,8 @@ class TargetDistillationTrainer(DistillationTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._from_rows = self._completion_ids = None
+        if self._teacher_prompts:
+            output |= self._padded_teacher_prompts([row[TEACHER_PROMPT] for row in inputs])
         weights = self.row_weights(inputs)
         if weights is not None:
             output["row_weights"] = weights.to(self.accelerator.device, torch.float32)
@@ -223,6 +242,37 @@ class TargetDistillationTrainer(DistillationTrainer):
             gathered: Any = self.accelerator.gather(filled)
             output["num_rows_in_batch"] = gathered.sum()
         return output
+
+    def _check_teacher_room(self, rows: Any, field: str) -> None:
+        """Raise if a teacher's prompt leaves no room for a completion; a stream is not read."""
+        models = [self.model if one is None or isinstance(one, str) else one for one in self._teachers]
+        configs = [self.accelerator.unwrap_model(model).config.get_text_config() for model in models]
+        limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+        limit = min((value for value in limits if value is not None), default=None)
+        longest = self.args.max_completion_length
+        if limit is None or longest is None or not hasattr(rows, "__len__"):
+            return
+        for row, ids in enumerate(super()._tokenize_prompts(list(rows[TEACHER_PROMPT]))[0]):
+            if len(ids) + longest > limit:
+                raise ValueError(
+                    f"{field}: {TEACHER_PROMPT!r} of row {row} has {len(ids)} tokens; with "
+                    f"max_completion_length={longest} the teacher's {limit} positions leave room for "
+                    f"{limit - longest}"
+                )
+
+    def _padded_teacher_prompts(self, prompts: list[Any]) -> dict[str, Tensor]:
+        """Return token ids (B, P) and mask (B, P) of the teachers' prompts, padded on the left."""
+        ids = super()._tokenize_prompts(prompts)[0]
+        width, device = max(map(len, ids)), self.accelerator.device
+        padding = self._tokenizer.pad_token_id
+        return {
+            "teacher_prompt_ids": torch.tensor(
+                [[padding] * (width - len(row)) + list(row) for row in ids], device=device
+            ),
+            "teacher_prompt_mask": torch.tensor(
+                [[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device
+            ),
+        }
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         prompt_ids, images, multimodal = super()._tokenize_prompts(prompts)
@@ -275,7 +325,9 @@ class TargetDistillationTrainer(DistillationTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         kept = [*(self._signature_columns or [])]
-        self._signature_columns = kept + [name for name in (*COMPLETIONS, ROW) if name not in kept]
+        self._signature_columns = kept + [
+            name for name in (*COMPLETIONS, TEACHER_PROMPT, ROW) if name not in kept
+        ]
 
     # Order and random state -----------------------------------------------------------------------
 
@@ -308,7 +360,8 @@ class TargetDistillationTrainer(DistillationTrainer):
         self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         plain = not self.composes() and "row_weights" not in inputs and self.loss_reduction() == "token"
-        if plain and not isinstance(self._teachers[0], str):
+        own_teacher = self._teachers[0] is None or isinstance(self._teachers[0], str)
+        if plain and not own_teacher and "teacher_prompt_ids" not in inputs:
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         # The teachers first: an adapter among them is made active, which touches the student's parameters.
         used = self._teachers if self.composes() else self._teachers[:1]
@@ -347,7 +400,10 @@ class TargetDistillationTrainer(DistillationTrainer):
         )
 
     def _teacher_states(self, teacher: Any, student: Any, inputs: Mapping[str, Any]) -> States:
-        if isinstance(teacher, str):
+        if "teacher_prompt_ids" in inputs:
+            shown = {f"prompt_{name}": inputs[f"teacher_prompt_{name}"] for name in ("ids", "mask")}
+            inputs = {**inputs, **shown}
+        if teacher is None or isinstance(teacher, str):
             kept = disable_gradient_checkpointing(student, self.args.gradient_checkpointing_kwargs)
             with torch.no_grad(), kept, use_adapter(student, teacher), evaluation_mode(student):
                 return States(self._hidden(student, inputs), _whole_head(student, detach=True))

@@ -9,6 +9,8 @@ Differs from the paper: the weights set how often a problem is drawn (`apply="sa
 and no teacher forward for problems without weight) or multiply its loss (`apply="loss"`). Both stages are one
 run with one learning-rate schedule; the optimizer begins the second one afresh (`reset_optimizer`). A reward
 function counts as the verifier. An exception that it raises is raised; a completion without a reward fails.
+In self-distillation the teacher is the model that training starts from, shown more than the student (the
+column `teacher_prompt`, such as the problem with its solution), and there is reverse KL alone.
 The weights are never taken from completions that trained. With rates that give every problem the weight 0,
 the run does not begin; found so later, the former weights stay, with a warning, so that no work is lost.
 """
@@ -34,7 +36,7 @@ from trl import (
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
 from ._base import Inputs, MethodTrainer, Neutral, register_trainer
-from ._distillation import ROW, TargetDistillationTrainer
+from ._distillation import ROW, TEACHER_PROMPT, TargetDistillationTrainer
 from ._pass_rates import (
     ESTIMATORS,
     PassCounts,
@@ -206,9 +208,11 @@ class PacedDistillationTrainer(MethodTrainer, TargetDistillationTrainer):
 
     Args:
         model: As TRL's.
-        teacher_model: As TRL's; or the name of a frozen adapter of `model`.
+        teacher_model: As TRL's; or the name of a frozen adapter of `model`. None for self-distillation of an
+            adapter: its base is the teacher.
         args: Settings.
-        train_dataset: Rows with `prompt`, and with `completion` or `chosen` for the first stage.
+        train_dataset: Rows with `prompt`, and with `completion` or `chosen` for the first stage; with
+            `teacher_prompt` the teacher, whichever it is, is shown that in the place of `prompt`.
         eval_dataset: As `train_dataset`.
         *positional: TRL's further arguments.
         reward_funcs: The verifier: a function, or several, with the signature of GRPO's.
@@ -232,9 +236,9 @@ class PacedDistillationTrainer(MethodTrainer, TargetDistillationTrainer):
         reward_funcs: Any = None,
         **keywords: Any,
     ) -> None:
-        if teacher_model is None:
-            raise ValueError("teacher_model is missing")
         args = PacedDistillationConfig("PacedDistillation-output") if args is None else args
+        if teacher_model is None:
+            _check_self_distillation(args, train_dataset)
         self.reward_funcs = None
         if reward_funcs is not None:
             self.reward_funcs = check_rewards(reward_funcs, args.reward_weights)
@@ -409,6 +413,22 @@ class PacedDistillationTrainer(MethodTrainer, TargetDistillationTrainer):
         self._tables = list(zip(state["starts"], held.unbind(0), strict=True))
         self._figures = dict(state["figures"])
         self._restored = True
+
+
+def _check_self_distillation(args: PacedDistillationConfig, dataset: Any) -> None:
+    """Raise unless a run without a teacher is one of self-distillation.
+
+    Raises:
+        ValueError: It shows its teacher nothing more, or is not of reverse KL alone.
+    """
+    if TEACHER_PROMPT not in (getattr(dataset, "column_names", None) or ()):
+        raise ValueError(
+            f"teacher_model is missing: it is left out for self-distillation only, whose train_dataset has a "
+            f"column {TEACHER_PROMPT!r} with what the teacher is shown"
+        )
+    rule = "in self-distillation: KL(student || teacher) alone"
+    check(args.stage_split == 0, "stage_split", args.stage_split, f"0 {rule}")
+    check(args.beta == 1, "beta", args.beta, f"1 {rule}")
 
 
 def _is_weighted(args: PacedDistillationConfig, dataset: Any, reward_funcs: Any) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 
 from hf_ext.core.registry import get
 from hf_ext.trainers.paced_distillation import PacedDistillationConfig, PacedDistillationTrainer
@@ -258,3 +260,119 @@ def test_the_second_stage_alone_needs_prompts_only(tmp_path: Path) -> None:
     trainer = built(tmp_path, data, settings=settings, given={"reward_funcs": None}, max_steps=1)
     trainer.train()
     assert training_logs(trainer)[0]["paced/stage"] == 2
+
+
+# Self-distillation --------------------------------------------------------------------------------
+
+ALONE = {"paced_alpha": 0.0, "paced_beta": 0.0, "stage_split": 0.0}
+
+
+def shown(extra: str = " The answer is: {answer}") -> Dataset:
+    """Return rows whose teacher sees the answer."""
+    return columns(rows(), ("prompt",)).map(
+        lambda row: {"teacher_prompt": row["prompt"] + extra.format(answer=row["answer"])}
+    )
+
+
+def own(folder: Path, data: Any = None, settings: Any = None, **arguments: Any) -> Any:
+    data = shown() if data is None else data
+    arguments = {
+        "peft_config": LoraConfig(r=2, target_modules=["q_proj"]),
+        "eval_strategy": "no",
+        **arguments,
+    }
+    given = {"teacher_model": None, "eval_dataset": None, **arguments.pop("given", {})}
+    return built(folder, data=data, settings={**ALONE, **(settings or {})}, given=given, **arguments)
+
+
+def of_first_loss(trainer: Any) -> tuple[float, dict[str, Any]]:
+    """Return the first loss of a run, and the batch it is of."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    compute = trainer._compute_loss
+
+    def watch(model: Any, inputs: Any, count: Any) -> Any:
+        loss = compute(model, inputs, count)
+        found.append((float(loss[0]), dict(inputs)))
+        return loss
+
+    trainer._compute_loss = watch
+    trainer.train()
+    return found[0]
+
+
+def test_the_teacher_is_the_base_shown_more(tmp_path: Path) -> None:
+    trainer = own(tmp_path, max_steps=1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    student = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    loss, batch = of_first_loss(trainer)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            parameter.copy_(student[name])
+    trainer.model.eval()
+    total, count = 0.0, 0
+    # Row by row without padding: KL(student || base) of each completion token, by hand.
+    for row in range(len(batch["prompt_ids"])):
+        ids = batch["completion_ids"][row][batch["completion_mask"][row] == 1]
+        seen = [
+            batch[f"{who}prompt_ids"][row][batch[f"{who}prompt_mask"][row] == 1] for who in ("", "teacher_")
+        ]
+        assert trainer.processing_class.decode(seen[1]).startswith(trainer.processing_class.decode(seen[0]))
+        assert len(seen[1]) > len(seen[0])
+        with torch.no_grad():
+            p = trainer.model(torch.cat([seen[0], ids])[None]).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+            with trainer.model.disable_adapter():
+                t = (
+                    trainer.model(torch.cat([seen[1], ids])[None])
+                    .logits[0, -len(ids) - 1 : -1]
+                    .log_softmax(-1)
+                )
+        total, count = total + float((p.exp() * (p - t)).sum()), count + len(ids)
+    assert total / count > 1e-4
+    assert loss == pytest.approx(total / count, abs=1e-6)  # the rounding of sums over the vocabulary
+
+
+def test_a_teacher_shown_the_same_is_the_teacher_without_a_context(tmp_path: Path) -> None:
+    losses = []
+    for name, data in (("same", shown("")), ("none", columns(rows(), ("prompt",)))):
+        trainer = built(tmp_path / name, data=data, settings=ALONE, given={"eval_dataset": None}, max_steps=2)
+        losses.append(of_first_loss(trainer)[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_teacher_shown_what_the_student_sees_has_nothing_to_teach_an_adapter_at_its_start(
+    tmp_path: Path,
+) -> None:
+    assert of_first_loss(own(tmp_path, shown(""), max_steps=1))[0] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_self_distillation_learns_what_the_context_tells_and_leaves_the_base(tmp_path: Path) -> None:
+    trainer = own(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=3, given={"eval_dataset": shown()})
+    before = parameters(trainer)
+    trainer.train()
+    after = parameters(trainer)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("lora" in name for name in moved)
+    assert all(math.isfinite(entry["loss"]) for entry in training_logs(trainer))
+
+
+def test_what_self_distillation_cannot_be_is_refused(tmp_path: Path) -> None:
+    plain = columns(rows(), ("prompt",))
+    empty = shown().map(
+        lambda row, i: {"teacher_prompt": "" if i == 3 else row["teacher_prompt"]}, with_indices=True
+    )
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data": plain}, "teacher_prompt"),
+        ({"settings": {"stage_split": 0.5}}, "stage_split"),
+        ({"settings": {"beta": 0.5}}, "beta"),
+        ({"peft_config": None}, "teacher_model"),
+        ({"data": empty}, "'teacher_prompt' of row 3 is empty"),
+        ({"given": {"eval_dataset": plain}}, "eval_dataset lacks the column 'teacher_prompt'"),
+        ({"data": shown(" a b c d" * 40)}, "'teacher_prompt' of row 0 has"),
+    ]
+    for arguments, text in cases:
+        with pytest.raises(ValueError, match=text):
+            own(tmp_path, **arguments)
