@@ -110,11 +110,27 @@ METHODS: tuple[MethodRow, ...] = (
     ),
     MethodRow(
         "callback",
+        "local_train",
+        "replicas that train alone, gossip by a schedule, and are merged once at the end",
+        "arXiv:2507.06542",
+        None,
+        "hf_ext.callbacks.local_train",
+    ),
+    MethodRow(
+        "callback",
         "refined_linear_decay",
         "linear decay to zero, and a schedule refined from an earlier run's gradient norms",
         "arXiv:2310.07831",
         None,
         "hf_ext.callbacks.refined_linear_decay",
+    ),
+    MethodRow(
+        "callback",
+        "stage_recovery",
+        "a lost stage rebuilt from its neighbors in the middle of a run, without a checkpoint",
+        "arXiv:2506.15461",
+        None,
+        "hf_ext.callbacks.stage_recovery",
     ),
     MethodRow(
         "callback",

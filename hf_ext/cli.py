@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--restart", action="store_true", help="discard an unfinished merge of another plan")
     merge.add_argument("--threads", type=int, metavar="N", help="workers; left out, what the file says")
 
+    _add_recover_command(commands)
     _add_adapter_commands(commands)
     _add_signature_commands(commands)
     return parser
@@ -140,6 +141,34 @@ def _command(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_recover_command(commands: Any) -> None:
+    recover = _command(
+        commands,
+        "recover",
+        _recover,
+        help="rebuild lost layers of a saved model (CheckFree)",
+        description="Write a copy of a saved model in which lost layers are rebuilt from those one stage "
+        "before and after, weighted by gradient norms.",
+    )
+    recover.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the model")
+    recover.add_argument("out", metavar="OUT", help="folder to write")
+    recover.add_argument("--layers", metavar="A-B,C", help="numbers of the lost layers, such as 3-5")
+    recover.add_argument(
+        "--stage", type=int, action="append", metavar="I", help="or: a lost stage, from 1 on"
+    )
+    recover.add_argument("--stages", type=int, metavar="S", help="stages of the model, for --stage")
+    recover.add_argument("--stage-size", type=int, metavar="N", help="layers of a stage, for --layers")
+    recover.add_argument(
+        "--norms",
+        metavar="FOLDER",
+        help="checkpoint with gradient norms that StageRecoveryCallback recorded, or 'none' for equal "
+        "weights; left out, those in CHECKPOINT where there are any",
+    )
+    recover.add_argument("--norm-power", type=float, default=1.0, metavar="P", help="exponent of norms (1)")
+    recover.add_argument("--eps", type=float, default=1e-4, help="added to norms (1e-4)")
+    recover.add_argument("--prefix", help="name of the list of layers, such as model.layers")
 
 
 def _add_adapter_commands(commands: Any) -> None:
@@ -316,6 +345,48 @@ def _merge(parsed: argparse.Namespace) -> int:
     result = merge(config, parsed.out, overwrite=parsed.overwrite, restart=parsed.restart)
     _say(f"wrote {parsed.out}" + (" (went on with an interrupted merge)" if result.resumed else ""))
     return 0
+
+
+def _recover(parsed: argparse.Namespace) -> int:
+    from .merging.checkfree import layers_of_stages, recorded_norms_or_none, recover_checkpoint
+
+    if (parsed.layers is None) == (parsed.stage is None):
+        raise ValueError("--layers or --stage must be given, and not both")
+    if parsed.stage is None:
+        if parsed.stages is not None:
+            raise ValueError("--stages goes with --stage; with --layers give --stage-size")
+        layers, size = _numbers(parsed.layers), parsed.stage_size
+    else:
+        if parsed.stages is None or parsed.stage_size is not None:
+            raise ValueError("--stages must be given with --stage, and --stage-size not")
+        layers, size = layers_of_stages(parsed.checkpoint, parsed.stage, parsed.stages, parsed.prefix)
+    norms, source = recorded_norms_or_none(parsed.checkpoint, parsed.norms)
+    _say("equal weights: no recorded norms" if source is None else f"gradient norms of {source}")
+    found = recover_checkpoint(
+        parsed.checkpoint,
+        parsed.out,
+        layers,
+        norms=norms,
+        stage_size=size,
+        norm_power=parsed.norm_power,
+        eps=parsed.eps,
+        prefix=parsed.prefix,
+    )
+    for layer, parts in found.layers.items():
+        _say(f"layer {layer}: " + " + ".join(f"{w:.6g} x layer {other}" for other, w in parts.items()))
+    _say(f"wrote {parsed.out}")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the numbers of a list such as 3-5,8."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or (part.count("-") and not last):
+            raise ValueError(f"--layers must be numbers and ranges such as 3-5,8, got {text!r}")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def _store(parsed: argparse.Namespace) -> int:

@@ -17,6 +17,9 @@ from .hypergradient import HypergradientCallback as HypergradientCallback
 from .hypergradient import agreement as agreement
 from .infinite_lr import InfiniteLRCallback as InfiniteLRCallback
 from .infinite_lr import InfiniteLRCurve as InfiniteLRCurve
+from .local_train import LocalTrainCallback as LocalTrainCallback
+from .local_train import gossip_pairs as gossip_pairs
+from .local_train import mixing_matrix as mixing_matrix
 from .refined_linear_decay import LinearDecayCurve as LinearDecayCurve
 from .refined_linear_decay import PolynomialDecay as PolynomialDecay
 from .refined_linear_decay import RecordedNorms as RecordedNorms
@@ -26,4 +29,5 @@ from .refined_linear_decay import median_filter as median_filter
 from .refined_linear_decay import polynomial_decay as polynomial_decay
 from .refined_linear_decay import recorded_norms as recorded_norms
 from .refined_linear_decay import refined_schedule as refined_schedule
+from .stage_recovery import StageRecoveryCallback as StageRecoveryCallback
 from .weight_average import WeightAverageCallback as WeightAverageCallback

@@ -407,7 +407,8 @@ def register_callback(
         paper: Identifier such as "arXiv:2404.02948", or None.
         neutral: Settings that change nothing; see `Neutral`.
         supports: Flags. "bare": the method also works in a loop of PyTorch alone; "local_updates": processes
-            do not average their gradients; "observes": nothing in the run is changed.
+            do not average their gradients; "whole_replica": each process needs all of the model; "observes":
+            nothing in the run is changed.
         test_kwargs: Settings that the contract suite runs for ten optimizer steps.
         bad_kwargs: Settings that must be refused with an error that names the (last) field.
         variants: Further forms of the method, for the contract suite.

@@ -1,9 +1,10 @@
 """Rounds of updates that each process makes alone, and an exchange of weights between them.
 
 Within a round no gradient is averaged: every micro-batch runs under DDP's `no_sync`. After the round's last
-update the trained weights' mean is taken, and the method says what they become. Each process has an optimizer
-state of its own, which is never averaged, and of which the Trainer saves the first process's alone: the rest
-is in the state of the callback.
+update the processes exchange weights (`LocalUpdatesCallback.exchange`); here all take their mean, and the
+method says what it becomes. Each process has an optimizer state of its own, which is never averaged, and of
+which the Trainer saves the first process's alone: the rest is in the state of the callback, and so are the
+statistics of batch norms.
 
 The mean takes the place of weights that are equal on one process, or where the method adds nothing to it, so
 that such runs are those without the callback, to the bit.
@@ -11,7 +12,6 @@ that such runs are those without the callback, to the bit.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,7 +45,6 @@ class LocalUpdatesCallback(Callback):
     local_steps: int = 50
     reset_inner: bool = False
 
-    @abstractmethod
     def next_anchor(self, mean: Weights, anchor: Weights, whole: bool) -> Weights:
         """Return the weights that the next round starts from, the same on every process.
 
@@ -54,6 +53,11 @@ class LocalUpdatesCallback(Callback):
             anchor: The weights that the round has started from.
             whole: Whether the round had all of its steps; the last one of a run may be shorter.
         """
+        return mean
+
+    def stays_apart(self) -> bool:
+        """Return whether processes may differ between two rounds, as they do within one."""
+        return False
 
     def needs_anchor(self) -> bool:
         """Return whether `next_anchor` looks at the anchor."""
@@ -92,20 +96,24 @@ class LocalUpdatesCallback(Callback):
         self._anchor: Weights | None = None
         self._held: dict[str, Any] = {}  # what a checkpoint says of weights and optimizer
         self._trained: dict[str, nn.Parameter] = {}
-        self._norms: list[_NormBase] = []
+        self._norms: dict[str, _NormBase] = {}
         self._optimizer: Any = None
         self._averages_tokens: tuple[TrainingArguments, bool] | None = None
 
     def begin(self, run: Run) -> None:
         """Take note of what is trained, and bring back what each process had of its own."""
         self._trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-        self._norms = [module for module in run.model.modules() if isinstance(module, _NormBase)]
+        self._norms = {n: m for n, m in run.model.named_modules() if isinstance(m, _NormBase)}
         self._optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
         refuse_sharded(run, self._trained.values(), type(self).__name__)
         if dist.is_distributed():
             # Each process's loss is then a mean over its own tokens.
             self._averages_tokens = run.args, run.args.average_tokens_across_devices
             run.args.average_tokens_across_devices = False
+            wrapped = getattr(self.trainer, "model_wrapped", None)
+            if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+                # Its first forward would overwrite each process's statistics with those of the first.
+                wrapped.require_forward_param_sync = False
             self._restore_own()
         self.load_shared_state(self._shared())
         self.load_own_state(self._unpacked("own"))
@@ -133,32 +141,54 @@ class LocalUpdatesCallback(Callback):
         self.in_round += 1
         last = state.global_step >= state.max_steps or control.should_training_stop
         if self.in_round >= self.local_steps or last:
-            self.end_round()
+            self.end_round(state.global_step / max(state.max_steps, 1), last)
 
     def finish(self, run: Run) -> None:
         """End the last round, where nothing said before that it was the last."""
         if self.in_round:
-            self.end_round()
+            self.end_round(1.0, True)
 
-    def end_round(self) -> None:
-        """Exchange the weights and begin the next round (a collective)."""
+    def end_round(self, share: float, last: bool) -> None:
+        """Exchange the weights and begin the next round (a collective).
+
+        Args:
+            share: Share of the run that is done.
+            last: Whether the run ends here.
+        """
         whole, self.in_round = self.in_round >= self.local_steps, 0
-        anchor = self._anchor
-        if dist.is_distributed() or anchor is not None:
-            mean = mean_over_processes(self.current())
-            if all(bool(torch.isfinite(value).all()) for value in mean.values()):
-                self._in_row = 0
-                following = mean if anchor is None else self.next_anchor(mean, anchor, whole)
-                self._put(following)
-            else:
-                self._fail(anchor)
-        for module in self._norms if dist.is_distributed() else ():
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce_mean_(buffer)
+        self.exchange(whole, share, last)
         self.rounds += 1
         if self.reset_inner:
             self._optimizer.state.clear()
+
+    def exchange(self, whole: bool, share: float, last: bool) -> None:
+        """Give every process the weights that its next round starts from (a collective).
+
+        Args:
+            whole: Whether the round had all of its steps.
+            share: Share of the run that is done.
+            last: Whether the run ends here.
+        """
+        anchor = self._anchor
+        if dist.is_distributed() or anchor is not None:
+            mean = mean_over_processes(self.current())
+            if finite(mean):
+                self._in_row = 0
+                following = mean if anchor is None else self.next_anchor(mean, anchor, whole)
+                self.put(following)
+            else:
+                self._fail(anchor)
+        for buffer in self.statistics().values() if dist.is_distributed() else ():
+            if buffer.is_floating_point():
+                dist.all_reduce_mean_(buffer)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the buffers of batch norms by name."""
+        return {
+            f"{name}.{key}": buffer
+            for name, module in self._norms.items()
+            for key, buffer in module.named_buffers(recurse=False)
+        }
 
     def _fail(self, anchor: Weights | None) -> None:
         self.failures, self._in_row = self.failures + 1, self._in_row + 1
@@ -167,9 +197,10 @@ class LocalUpdatesCallback(Callback):
                 f"{self.info.name}: the weights are not finite at the end of a round, for the "
                 f"{self._in_row}. time in a row; a lower learning_rate may help"
             )
-        self._put(anchor)
+        self.put(anchor)
 
-    def _put(self, weights: Weights) -> None:
+    def put(self, weights: Weights) -> None:
+        """Write weights into the model."""
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(weights[name])
@@ -194,8 +225,9 @@ class LocalUpdatesCallback(Callback):
         found = dict(shared) if dist.is_main() else {}
         found |= {f"own.{key}": value for key, value in self.own_state().items()}
         if dist.is_distributed():
-            if self.in_round:
+            if self.in_round or self.stays_apart():
                 found["local"] = {name: p.detach() for name, p in self._trained.items()}
+                state |= {f"statistics:{name}": buffer for name, buffer in self.statistics().items()}
             state |= self._optimizer_state()
         state["shared"] = sorted(shared)
         packed = {f"{part}:{name}": t for part, weights in found.items() for name, t in weights.items()}
@@ -242,9 +274,12 @@ class LocalUpdatesCallback(Callback):
         with torch.no_grad():
             for name, value in self._unpacked("local").items():
                 self._trained[name].copy_(value)
+        statistics = self.statistics()
         for key, value in self._held.items():
             part, _, rest = key.partition(":")
-            if part == "optimizer":
+            if part == "statistics":
+                statistics[rest].copy_(value)
+            elif part == "optimizer":
                 entry, _, name = rest.partition(":")
                 state = self._optimizer.state[self._trained[name]]
                 before = state.get(entry)
@@ -252,8 +287,16 @@ class LocalUpdatesCallback(Callback):
                 state[entry] = value.to(device) if isinstance(value, Tensor) else value
 
 
-def refuse_sharded(run: Run, trained: Iterable[Tensor], name: str) -> None:
-    """Raise where no process has a whole replica to train alone.
+def refuse_sharded(
+    run: Run, trained: Iterable[Tensor], name: str, why: str = "use DDP, not FSDP or DeepSpeed"
+) -> None:
+    """Raise where no process has a whole replica of the model.
+
+    Args:
+        run: The run.
+        trained: Parameters.
+        name: Of the callback.
+        why: The rest of the error's text.
 
     Raises:
         ValueError: The model is sharded, or DeepSpeed runs it.
@@ -261,21 +304,34 @@ def refuse_sharded(run: Run, trained: Iterable[Tensor], name: str) -> None:
     kind = str(getattr(run.args.distributed_state, "distributed_type", ""))
     sharded = any(hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter" for p in trained)
     if sharded or "DEEPSPEED" in kind or "FSDP" in kind:
-        raise ValueError(
-            f"{name} needs a whole replica of the model on each process: use DDP, not FSDP or DeepSpeed"
-        )
+        raise ValueError(f"{name} needs a whole replica of the model on each process: {why}")
 
 
 def mean_over_processes(weights: Weights) -> Weights:
     """Overwrite weights with their mean over the processes, many tensors at once, and return them."""
-    if not dist.is_distributed():
-        return weights
+    return _in_buckets(weights, dist.all_reduce_mean_) if dist.is_distributed() else weights
+
+
+def mean_of_pair(weights: Weights, partner: int) -> Weights:
+    """Overwrite weights with their mean with another process's, which calls this too, and return them.
+
+    A sum of two does not depend on their order: both get the same bits.
+    """
+    return _in_buckets(weights, lambda flat: (flat + dist.swapped(flat, partner)) / 2)
+
+
+def _in_buckets(weights: Weights, action: Callable[[Tensor], Tensor]) -> Weights:
     bucket: list[Tensor] = []
     for index, tensor in enumerate(weights.values()):
         bucket.append(tensor)
         if sum(map(torch.numel, bucket)) >= _BUCKET or index == len(weights) - 1:
-            flat = dist.all_reduce_mean_(torch.cat([tensor.reshape(-1) for tensor in bucket]))
+            flat = action(torch.cat([tensor.reshape(-1) for tensor in bucket]))
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
             bucket = []
     return weights
+
+
+def finite(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether no number is NaN or infinite."""
+    return all(bool(torch.isfinite(value).all()) for value in weights.values())

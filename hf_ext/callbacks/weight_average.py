@@ -17,26 +17,23 @@ Differs from the papers:
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import random
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core import dist
-from ..core.batch_norm import MEAN, VARIANCE, batch_norms, recalibrate_batch_norm
+from ..core.batch_norm import MEAN, VARIANCE, batch_norms
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
 from ._averaged_weights import LARGE, AveragedWeightsCallback, copied, local, write
 from ._base import Neutral, Run, register_callback
+from ._recalibration import recalibrate
 
 __all__ = ["WeightAverageCallback"]
 
@@ -284,28 +281,7 @@ class WeightAverageCallback(AveragedWeightsCallback):
                 values[name] = (value - mean**2).clamp_(min=0.0)
         write(self._trained() | self._norm_statistics(), values)
         if self.bn == "recalibrate" and batch_norms(self._model):
-            self._recalibrate()
-
-    def _recalibrate(self) -> None:
-        trainer = self.trainer
-
-        def forward(batch: Any) -> None:
-            with trainer.compute_loss_context_manager():
-                self._model(**trainer._prepare_inputs(batch))
-
-        with _same_random_numbers():
-            batches = itertools.islice(self._batches(trainer), self.bn_batches)
-            recalibrate_batch_norm(self._model, batches, forward)
-
-    def _batches(self, trainer: Any) -> Iterable[Any]:
-        rows = trainer.train_dataset
-        if hasattr(rows, "__len__"):
-            count = self.bn_batches * trainer.args.eval_batch_size * dist.world_size()
-            draw = torch.Generator().manual_seed(trainer.args.seed)
-            chosen = torch.randperm(len(rows), generator=draw)[:count].tolist()
-            select = getattr(rows, "select", None)
-            rows = torch.utils.data.Subset(rows, chosen) if select is None else select(chosen)
-        return trainer.get_test_dataloader(rows)  # in order, and not kept by the trainer
+            recalibrate(self.trainer, self._model, self.bn_batches)
 
     def undo(self) -> None:
         """Let the buffers go."""
@@ -345,16 +321,3 @@ def _mean(samples: list[dict[str, Tensor]], like: Mapping[str, Tensor]) -> dict[
             mean.lerp_(value.to(mean.device, torch.float32), 1.0 / number)
         found[name] = mean
     return found
-
-
-@contextlib.contextmanager
-def _same_random_numbers() -> Generator[None]:
-    """Let what draws random numbers within leave no trace in those that come after."""
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)

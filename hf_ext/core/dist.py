@@ -63,6 +63,19 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def swapped(tensor: Tensor, partner: int) -> Tensor:
+    """Return another process's tensor of the same shape and dtype; it calls this with this process's number.
+
+    The processes that are not of the pair take no part.
+    """
+    held = tensor.contiguous()
+    found = torch.empty_like(held)
+    calls = [dist.P2POp(dist.isend, held, partner), dist.P2POp(dist.irecv, found, partner)]
+    for work in dist.batch_isend_irecv(calls):
+        work.wait()
+    return found
+
+
 def on_main(action: Callable[[], None]) -> None:
     """Run an action on the first process, and raise on every process if it fails (a collective).
 

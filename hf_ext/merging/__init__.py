@@ -2,6 +2,7 @@
 
 from .checkfree import Recovery as Recovery
 from .checkfree import gradient_norms as gradient_norms
+from .checkfree import recorded_gradient_norms as recorded_gradient_norms
 from .checkfree import recover_checkpoint as recover_checkpoint
 from .checkfree import recover_layers as recover_layers
 from .checkfree import recovery_weights as recovery_weights

@@ -7,7 +7,7 @@ taken anew.
 Differs from the paper: statistics of batch norms can be pooled from those of the replicas where no data are
 at hand: mean = mean_i m_i and variance = mean_i (v_i + m_i^2) - mean^2, those of the mixture of the replicas'
 inputs, which are near those of the merged model's and not the same. The gossip between replicas during
-training is left out.
+training is `LocalTrainCallback`'s.
 """
 
 from __future__ import annotations

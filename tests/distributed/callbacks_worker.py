@@ -30,7 +30,7 @@ GLOBAL_BATCH = 4
 
 def cases(mode: str = "one") -> dict[str, MethodInfo]:
     """Return every registered callback, and each of its forms, that runs in a mode."""
-    whole = "local_updates" if mode == "fsdp2" else ()  # such methods need a whole replica on each process
+    whole = ("local_updates", "whole_replica") if mode == "fsdp2" else ()  # both are refused there
     return {str(case.id): case.values[0] for case in methods("callback", lacks=whole)}
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_ext.cli import main
+from hf_ext.core.state import save_state
 from hf_ext.merging import gradient_norms, recover_checkpoint, recover_layers, recovery_weights
 from tests.conftest import ModelFactory
 from tests.merging.models import equal, save_model, save_shards, tensors_of
@@ -155,6 +157,68 @@ def test_what_cannot_be_rebuilt_is_refused_and_nothing_is_written(tmp_path: Path
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="out must be a folder that does not exist"):
         recover_checkpoint(tmp_path / "m", tmp_path / "plain", [1])
+
+
+def save_norms(folder: Path, norms: list[float | None]) -> None:
+    """Write what StageRecoveryCallback leaves in a checkpoint."""
+    save_state(folder, "hf_ext_stage_recovery", {"step": 7, "state": {"norms": norms}})
+
+
+def test_the_command_takes_recorded_norms_and_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tensors(12)
+    model, twin = str(tmp_path / "m"), str(tmp_path / "twin")
+    save_model(tmp_path / "m", lost(values, 3, 4, 5))
+    assert main(["recover", model, str(tmp_path / "equal"), "--layers", "3-5"]) == 0
+    assert "equal weights" in capsys.readouterr().out
+    norms = [0.1 * (layer + 1) for layer in range(12)]
+    save_norms(tmp_path / "m", [*norms])
+    assert main(["recover", model, str(tmp_path / "out"), "--stage", "2", "--stages", "4"]) == 0
+    said = capsys.readouterr().out
+    assert f"gradient norms of {model}" in said
+    recover_checkpoint(model, twin, [3, 4, 5], norms=dict(enumerate(norms)))
+    assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "twin"))
+    assert not equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "equal"))
+    weight = json.loads((tmp_path / "out" / "recovery.json").read_text())["layers"]["4"]["1"]
+    assert f"layer 4: {weight:.6g} x layer 1 + {1 - weight:.6g} x layer 7" in said
+    save_model(tmp_path / "bare", lost(values, 3, 4, 5))
+    again = [
+        "recover",
+        str(tmp_path / "bare"),
+        str(tmp_path / "again"),
+        "--layers",
+        "3,4,5",
+        "--norms",
+        model,
+    ]
+    assert main(again) == 0
+    assert equal(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "twin"))
+    assert main(["recover", model, str(tmp_path / "flat"), "--layers", "3-5", "--norms", "none"]) == 0
+    assert equal(tensors_of(tmp_path / "flat"), tensors_of(tmp_path / "equal"))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "--layers or --stage must be given"),
+        (["--layers", "1", "--stage", "2", "--stages", "3"], "--layers or --stage must be given"),
+        (["--stage", "2"], "--stages must be given"),
+        (["--stage", "2", "--stages", "2"], "stages must be a divisor of 3"),
+        (["--stage", "4", "--stages", "3"], "stage must be 1 to 3 (stages are numbered from 1), got [4]"),
+        (["--layers", "1-"], "--layers must be numbers and ranges such as 3-5,8, got '1-'"),
+        (["--layers", "1", "--norms", "elsewhere"], "recorded by StageRecoveryCallback"),
+        (["--layers", "1"], "norms must be a list of numbers"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    options: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "m", tensors(3))
+    save_norms(tmp_path / "m", [1.0, None, 2.0])
+    assert main(["recover", str(tmp_path / "m"), str(tmp_path / "out"), *options]) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # In memory ----------------------------------------------------------------------------------------
