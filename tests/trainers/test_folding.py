@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_ext.trainers._folding import as_lora, base_weights, folded_layers, merged_weights
+from hf_ext.trainers._folding import as_lora, base_weights, folded_layers, fresh_adapter, merged_weights
 from tests.trainers.runs import tiny_model
 
 
@@ -36,6 +36,19 @@ def test_an_update_comes_back_as_a_lora_of_its_rank() -> None:
     whole = {name: p.detach() for name, p in result.merge_and_unload().named_parameters()}
     for path, value in final.items():
         torch.testing.assert_close(whole[f"{path}.weight"], value, rtol=0.0, atol=1e-6)
+
+
+def test_a_fresh_adapter_depends_on_its_seed_and_on_no_global_one() -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    starts = []
+    for seed, outside in ((1, 5), (1, 6), (2, 5)):
+        torch.manual_seed(outside)
+        before = torch.get_rng_state()
+        fresh_adapter(model, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        starts.append(next(p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
 
 
 def test_an_adapter_that_moves_the_bias_too_is_not_folded() -> None:

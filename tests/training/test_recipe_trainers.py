@@ -161,6 +161,8 @@ def test_a_reward_model_has_one_score_and_its_card_tells_how_to_load_it(
     assert "AutoModelForSequenceClassification.from_pretrained(" in text
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
     assert model.config.num_labels == 1
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
     assert "num_labels=1" in (tmp_path / "out" / "adapter" / "README.md").read_text()
 
 
