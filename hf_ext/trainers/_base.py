@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from ..core import dist
@@ -263,6 +263,24 @@ def check_columns(dataset: Any, needed: Iterable[str], field: str) -> None:
             f"{field} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}; it "
             f"has: {', '.join(map(repr, first))}"
         )
+
+
+def check_map(dataset: Any, field: str, why: str) -> None:
+    """Raise unless a data set is in memory or on disk, and of text alone.
+
+    Args:
+        dataset: The data set.
+        field: The argument that gave it.
+        why: What needs that.
+
+    Raises:
+        TypeError: It streams, or is no data set.
+        ValueError: It has a column of images.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{field} must be a datasets.Dataset, got {type(dataset).__name__}: {why}")
+    pictures = [name for name in ("image", "images") if name in dataset.column_names]
+    check(not pictures, f"{field}'s columns", pictures, f"of text: {why}")
 
 
 def check_filled(dataset: Any, columns: Iterable[str], field: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import Sampler as TorchSampler
 
 from ..core import dist
 from ..core.checks import check, check_choice
+from ._base import check_map
 from ._rewards import call_rewards
 from ._sampling import Sampler, decode_completions, end_tokens, seed_of, tokenize_prompts
 
@@ -235,8 +236,13 @@ def estimate_pass_rates(
         seed: Of the draws; None for one made of the run's seed and of the optimizer step.
         chat_template_kwargs: More settings for the chat template.
         **extras: Given to the functions as they are, such as `trainer_state`.
+
+    Raises:
+        TypeError: The data set streams.
+        ValueError: It has images, or `rollouts` is below 2.
     """
     check(rollouts >= 2, "rollouts", rollouts, "at least 2")
+    check_map(dataset, "the data set", "a pass rate belongs to a row's number, and is of text")
     ends = set(end_tokens(sampler.trainer.model, sampler.tokenizer))
     if seed is None:
         seed = seed_of(sampler.trainer.args.seed, sampler.trainer.state.global_step)

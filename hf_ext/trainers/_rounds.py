@@ -44,7 +44,7 @@ from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.files import read_tensors, write_tensors
 from ..core.state import ROUNDS_FILE
-from ._base import MethodTrainer, check_columns, check_filled, map_rows, own_args
+from ._base import MethodTrainer, check_columns, check_filled, check_map, map_rows, own_args
 from ._pairs import SELECTIONS, Pairs, select_pairs
 from ._parts import own_part, part_of_whole, put_part, whole_tensors
 from ._reference import evaluation_mode, reference_model
@@ -230,8 +230,10 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
     ) -> None:
         args = own_args(self, args)
         self.reward_funcs = check_rewards(reward_funcs, args.reward_weights)
-        if not isinstance(train_dataset, Dataset):
-            raise TypeError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
+        check_map(train_dataset, "train_dataset", "prompts are dealt to the rounds, and sampled from as text")
+        for name, rows in _named(eval_dataset).items():
+            field = f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset"
+            check_map(rows, field, "its reference log-probabilities are computed before each round, for text")
         check_columns(train_dataset, ("prompt",), "train_dataset")
         check_filled(train_dataset, ("prompt",), "train_dataset")
         at_start = args.reference == "round_start"

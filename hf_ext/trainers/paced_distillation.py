@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler as TorchSampler
 from transformers import TrainerCallback
@@ -35,7 +34,7 @@ from trl import (
 
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
-from ._base import Inputs, MethodTrainer, Neutral, register_trainer
+from ._base import Inputs, MethodTrainer, Neutral, check_map, register_trainer
 from ._distillation import ROW, TEACHER_PROMPT, TargetDistillationTrainer
 from ._pass_rates import (
     ESTIMATORS,
@@ -441,8 +440,7 @@ def _is_weighted(args: PacedDistillationConfig, dataset: Any, reward_funcs: Any)
     names = getattr(dataset, "column_names", None) or []
     if "sample_weight" not in names and args.paced_alpha == 0 and args.paced_beta == 0:
         return False
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"train_dataset must be a Dataset, got {type(dataset).__name__}: rows are weighted")
+    check_map(dataset, "train_dataset", "its rows are weighted by what is sampled of their text")
     if reward_funcs is None and not {"sample_weight", "pass_rate"} & set(names):
         raise ValueError(
             "reward_funcs is missing: pass rates need a verifier, or a column 'pass_rate' or 'sample_weight'"

@@ -37,7 +37,7 @@ from ..adapters._data_start import awaits_data
 from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
-from ._base import Inputs, MethodTrainer, check_columns, check_filled, register_trainer
+from ._base import Inputs, MethodTrainer, check_columns, check_filled, check_map, register_trainer
 from ._reference import evaluation_mode, model_inputs, sum_of_tokens, token_logps
 from ._snapshots import HeldWeights, trained_tensors
 from ._token_loss import (
@@ -535,8 +535,7 @@ def _accuracy(outputs: TokenOutputs) -> Tensor:
 
 def _check_form(dataset: Any, field: str) -> None:
     """Raise unless a data set holds rows of a prompt and a completion, or of tokens with labels."""
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"{field} must be a Dataset, got {type(dataset).__name__}: rows are drawn by number")
+    check_map(dataset, field, "rows are drawn by number, as text")
     if "input_ids" in dataset.column_names:
         check_columns(dataset, ("labels",), field)
         return

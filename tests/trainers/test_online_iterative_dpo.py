@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -375,6 +375,23 @@ def test_prompts_that_leave_a_completion_no_room_are_dropped(tmp_path: Path) -> 
 def test_prompts_that_are_used_again_are_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"4 rounds of 5 prompts .* 12 prompts again"):
         build(INFO, tmp_path, settings={**SMALL, "num_rounds": 4, "prompts_per_round": 5})
+
+
+def test_streams_and_images_are_refused_before_any_work(tmp_path: Path) -> None:
+    stream = IterableDataset.from_generator(lambda: iter(rows()))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"train_dataset": stream}, "train_dataset"),
+        ({"eval_dataset": stream}, "eval_dataset"),
+        ({"eval_dataset": {"held": stream}}, r"eval_dataset\['held'\]"),
+    ]
+    for given, name in cases:
+        with pytest.raises(TypeError, match=f"{name} must be a datasets.Dataset, got IterableDataset"):
+            build(INFO, tmp_path, settings=SMALL, given=given)
+        field, value = next(iter(given.items()))
+        seen: Any = rows().add_column("images", [None] * 12)  # type: ignore[call-arg]
+        pictured = {"held": seen} if isinstance(value, dict) else seen
+        with pytest.raises(ValueError, match=f"{name}'s columns must be of text"):
+            build(INFO, tmp_path, settings=SMALL, given={field: pictured})
 
 
 def test_held_out_pairs_need_their_columns(tmp_path: Path) -> None:

@@ -243,8 +243,13 @@ def test_what_gives_no_rates_is_refused(tmp_path: Path) -> None:
 
 def test_a_streamed_data_set_is_refused(tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(lambda: iter(rows()))
-    with pytest.raises(TypeError, match="train_dataset must be a Dataset"):
+    with pytest.raises(TypeError, match=r"train_dataset must be a datasets\.Dataset"):
         built(tmp_path, stream)
+
+
+def test_rows_with_images_are_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images"):
+        built(tmp_path, rows().add_column("images", [None] * 12))  # type: ignore[call-arg]
 
 
 def test_other_rows_than_the_checkpoint_s_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_ext.core.registry import get
 from hf_ext.trainers._pass_rates import (
@@ -233,3 +233,13 @@ def test_rates_of_the_data() -> None:
     assert pass_rates(counts.passed, counts.rollouts, "posterior").tolist() == pytest.approx([0.3, 0.5])
     with pytest.raises(ValueError, match="row 1"):
         counts_of_columns(Dataset.from_dict({"pass_rate": [0.5, 1.5]}), "data", "raw")
+
+
+def test_a_stream_has_no_rows_to_count_for() -> None:
+    stream = IterableDataset.from_generator(lambda: iter(rows()))
+    unused: Any = None
+    with pytest.raises(TypeError, match=r"the data set must be a datasets\.Dataset, got IterableDataset"):
+        estimate_pass_rates(unused, stream, unused, rollouts=2)
+    seen = rows().add_column("images", [None] * 12)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="of text"):
+        estimate_pass_rates(unused, seen, unused, rollouts=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -355,7 +355,7 @@ def test_bad_rows_are_refused(tmp_path: Path) -> None:
         make(tmp_path, given={"retain_dataset": empty})
     with pytest.raises(ValueError, match="lacks the column 'completion'"):
         make(tmp_path, data=Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}))
-    with pytest.raises(TypeError, match="train_dataset must be a Dataset"):
+    with pytest.raises(TypeError, match=r"train_dataset must be a datasets\.Dataset"):
         make(tmp_path, data=columns(rows(), ("prompt", "completion")).to_iterable_dataset())
     with pytest.raises(ValueError, match="refusals is None, and train_dataset lacks the column 'refusal'"):
         make(tmp_path, unlearn_loss="po")
@@ -481,6 +481,15 @@ def test_an_adapter_that_waits_for_its_data_is_refused_where_its_start_is_kept(t
     settings = {"retain_loss": "kl"}
     with pytest.raises(ValueError, match="started from its data before"):
         build(UnlearningTrainer.info, tmp_path, settings=settings, peft_config=waiting)
+
+
+@pytest.mark.parametrize("field", ["train_dataset", "retain_dataset"])
+def test_streams_and_images_are_refused_before_any_work(field: str, tmp_path: Path) -> None:
+    stream = IterableDataset.from_generator(lambda: iter(rows()))
+    with pytest.raises(TypeError, match=f"{field} must be a datasets.Dataset, got IterableDataset"):
+        make(tmp_path, given={field: stream})
+    with pytest.raises(ValueError, match="image"):  # of those to forget by TRL, before ours
+        make(tmp_path, given={field: rows().add_column("image", [None] * 12)})  # type: ignore[call-arg]
 
 
 # Forwards and norms -------------------------------------------------------------------------------
