@@ -45,6 +45,20 @@ _LONGEST_WAIT = 30.0  # seconds between two attempts
 _TRANSIENT = frozenset({408, 409, 412, 425, 429})  # and every 5xx
 _TEMPLATE = "[More Information Needed]"  # in the empty cards that PEFT and transformers write
 # Fields of an adapter_config.json that are no settings of a method.
+# The Hub's names of what models do, by the ends of their classes' names.
+_TASKS = {
+    "CausalLM": "text-generation",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+    "MaskedLM": "fill-mask",
+}
+_PEFT_TASKS = {
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+}
 _BOOKKEEPING = frozenset(
     {
         "auto_mapping",
@@ -277,8 +291,8 @@ class _Content:
         if adapter is not None:
             named = adapter.get("base_model_name_or_path")
             mapping = adapter.get("auto_mapping") or {}
-            causal = "ForCausalLM" if adapter.get("task_type") in ("CAUSAL_LM", None) else ""
-            architecture = mapping.get("base_model_class") or causal
+            known = _PEFT_TASKS.get(adapter.get("task_type") or "CAUSAL_LM", "")
+            architecture = mapping.get("base_model_class") or f"For{known}"
         else:
             named = card.get("base_model")
             architecture = (read_json(folder / "config.json").get("architectures") or [""])[0]
@@ -331,6 +345,7 @@ class _Content:
             snippet=self.snippet(repo_id),
             is_adapter=self.adapter is not None,
             tags=tuple(sorted({"hf_ext", kind or "full"})),
+            task=_TASKS.get(self.auto_class.removeprefix("AutoModelFor"), "text-generation"),
         )
 
     def snippet(self, repo_id: str) -> str:
@@ -353,8 +368,7 @@ class _Content:
 
 def _auto_class(architecture: str) -> str:
     _, found, task = architecture.partition("For")
-    known = {"CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"}
-    return f"AutoModelFor{task}" if found and task in known else "AutoModel"
+    return f"AutoModelFor{task}" if found and task in _TASKS else "AutoModel"
 
 
 def _hub_id(name: object) -> str | None:

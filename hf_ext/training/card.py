@@ -30,6 +30,8 @@ class CardFacts:
         snippet: Python code that loads the folder.
         is_adapter: Whether the folder holds an adapter rather than a model.
         tags: Tags to add to those of the upstream libraries.
+        task: The Hub's name of what the model does.
+        loss_unit: Unit of the held-out loss; empty for none.
     """
 
     name: str
@@ -44,6 +46,8 @@ class CardFacts:
     snippet: str
     is_adapter: bool = True
     tags: tuple[str, ...] = ("hf_ext",)
+    task: str = "text-generation"
+    loss_unit: str = "nats per token"
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> None:
@@ -70,7 +74,7 @@ def write_card(folder: str | Path, facts: CardFacts) -> None:
 
 def _fill(data: ModelCardData, facts: CardFacts) -> None:
     data.library_name = "peft" if facts.is_adapter else "transformers"
-    data.pipeline_tag = "text-generation"
+    data.pipeline_tag = facts.task
     data.base_model = facts.base_model  # peft has put the path of a local folder here
     relation = "adapter" if facts.is_adapter else "finetune"
     data["base_model_relation"] = relation if facts.base_model else None
@@ -84,11 +88,11 @@ def _fill(data: ModelCardData, facts: CardFacts) -> None:
     if after is not None:
         data.eval_results = [
             EvalResult(
-                task_type="text-generation",
+                task_type=facts.task,
                 dataset_type=facts.dataset or "unknown",
                 dataset_name=facts.dataset or "unknown",
                 metric_type="loss",
-                metric_name="held-out loss, nats per token",
+                metric_name=", ".join(filter(None, ("held-out loss", facts.loss_unit))),
                 metric_value=round(after, 6),
             )
         ]

@@ -255,11 +255,15 @@ def _trained(trainer: Any) -> Trained:
 def _metrics(trainer: Any, ready: Ready, result: TrainOutput) -> dict[str, Any]:
     args, prepared = ready.args, ready.prepared
     model: Any = trainer.model
-    before = loss_points(trainer.state.log_history, "eval_loss")
     losses: dict[str, float | None] = {"train_loss": result.training_loss}
+    measured: dict[str, float | None] = {}
     if prepared.test is not None:
-        losses["eval_loss_before"] = before[0][1] if before and before[0][0] == 0 else None
-        losses["eval_loss_after"] = trainer.evaluate()["eval_loss"]
+        after = trainer.evaluate()
+        for name in filter(None, ("loss", ready.job.kind.measure)):
+            before = loss_points(trainer.state.log_history, f"eval_{name}")
+            measured[f"eval_{name}_before"] = before[0][1] if before and before[0][0] == 0 else None
+            measured[f"eval_{name}_after"] = after[f"eval_{name}"]
+        losses |= measured
     for name, value in losses.items():
         fits = value is None or math.isfinite(value)
         check(fits, name, value, "finite; a lower learning_rate may help. Nothing was written")
@@ -300,10 +304,11 @@ def _facts(ready: Ready, metrics: Mapping[str, Any], log: list[dict[str, Any]], 
     if find_spec("matplotlib") is None:
         say("no loss plot without matplotlib: pip install 'hf-ext[plot]'")
     else:
-        unit = " (nats per token)" if job.recipe.trainer == "sft" else ""
+        unit = f" ({job.kind.loss_unit})" if job.kind.loss_unit else ""
         plot = loss_plot(log, f"{name} on {base_label(job)}", unit)
-    shown = ("eval_loss_before", "eval_loss_after", "train_loss", "steps", "train_seconds", "world_size",
-             "trainable_parameters")  # fmt: skip
+    evaluated = [f"eval_{what}_{when}" for what in filter(None, ("loss", job.kind.measure))
+                 for when in ("before", "after")]  # fmt: skip
+    shown = (*evaluated, "train_loss", "steps", "train_seconds", "world_size", "trainable_parameters")
     own = {"dtype": job.recipe.dtype, "max_train_samples": job.recipe.max_train_samples}
     fields = {f"adapter.{key}": value for key, value in (job.recipe.adapter or {}).items()}
     fields |= {f"callbacks.{name}": value or {} for name, value in job.recipe.callbacks.items()}
@@ -325,6 +330,8 @@ def _facts(ready: Ready, metrics: Mapping[str, Any], log: list[dict[str, Any]], 
         snippet=loading_snippet(job, name, place_of(job, "model" if name == "full" else "adapter")),
         is_adapter=name != "full",
         tags=("hf_ext", job.recipe.trainer, name),
+        task=job.kind.task,
+        loss_unit=job.kind.loss_unit,
     )
 
 
@@ -367,12 +374,15 @@ def _announce(ready: Ready, say: Say) -> None:
 
 
 def _tell(metrics: Mapping[str, Any], outputs: Outputs, samples: list[Sample], say: Say) -> None:
-    before, after = metrics.get("eval_loss_before"), metrics.get("eval_loss_after")
-    if after is not None:
-        start = "" if before is None else f"{before:.4f} -> "
-        unit = " nats per token" if metrics["trainer"] == "sft" else ""  # else the trainer's own loss
+    kind, told = outputs.job.kind, []
+    for what, unit in (("loss", f" {kind.loss_unit}".rstrip()), (kind.measure, "")):
+        before, after = (metrics.get(f"eval_{what}_{when}") for when in ("before", "after"))
+        if after is not None:
+            start = "" if before is None else f"{before:.4f} -> "
+            told.append(f"{what} {start}{after:.4f}{unit}")
+    if told:
         duration = f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s"
-        say(f"held-out loss {start}{after:.4f}{unit}, {duration}")
+        say(f"held-out {', '.join(told)}, {duration}")
     for name, difference in outputs.differences.items():
         say(f"{outputs.folder / name}: reloaded, logits within {difference:.1e} of the trained model's")
     for sample in samples:

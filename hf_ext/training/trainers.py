@@ -30,6 +30,8 @@ _UPSTREAM = {
     "rloo": Inputs(columns=(("prompt",),), reward=True),
     "distillation": Inputs(columns=(("prompt",),), models={"teacher_model": True}),
 }
+_MEASURES = {"dpo": "rewards/accuracies", "reward": "accuracy", "grpo": "reward", "rloo": "reward"}
+_NATS = "nats per token"
 _SPELLED = {"kto": "KTO", "sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "rloo": "RLOO"}
 _OURS = {row.name: row for row in METHODS if row.kind == "trainer"}
 NAMES = (*_UPSTREAM, *sorted(_OURS))
@@ -46,6 +48,8 @@ class Kind:
         inputs: What it takes beside model and settings.
         in_rounds: Whether it trains in rounds, each with checkpoints of its own.
         scores: Whether the model is a reward model: a causal one's body, with one number for each row.
+        measure: What its evaluation measures beside the loss, as its log calls it; None for nothing.
+        loss_unit: Unit of its loss; empty where it is the trainer's own.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Kind:
     inputs: Inputs
     in_rounds: bool = False
     scores: bool = False
+    measure: str | None = None
+    loss_unit: str = ""
 
     @property
     def task_type(self) -> str:
@@ -64,6 +70,11 @@ class Kind:
     def auto_class(self) -> str:
         """Name of the class of transformers that reads the model."""
         return "AutoModelForSequenceClassification" if self.scores else "AutoModelForCausalLM"
+
+    @property
+    def task(self) -> str:
+        """The Hub's name of what the model does."""
+        return "text-classification" if self.scores else "text-generation"
 
 
 def config_of(name: str) -> Any:
@@ -92,10 +103,18 @@ def kind_of(name: str) -> Kind:
     if name == "trainer":
         from .causal_lm import CausalLMTrainer
 
-        return Kind(name, CausalLMTrainer, config, _UPSTREAM[name])
+        return Kind(name, CausalLMTrainer, config, _UPSTREAM[name], loss_unit=_NATS)
     if name in _UPSTREAM:
         theirs = _imported(f"trl.trainer.{name}_trainer.{_spelled(name)}Trainer")
-        return Kind(name, theirs, config, _UPSTREAM[name], scores=name == "reward")
+        return Kind(
+            name,
+            theirs,
+            config,
+            _UPSTREAM[name],
+            scores=name == "reward",
+            measure=_MEASURES.get(name),
+            loss_unit=_NATS if name == "sft" else "",
+        )
     from ..core import registry
 
     importlib.import_module(_OURS[name].module)

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from hf_ext.core.files import tensor_header
-from hf_ext.hub import push_to_hub
+from hf_ext.hub import _Content, push_to_hub
 
 from .server import TOKEN, Fault, File, Hub
 
@@ -265,6 +265,26 @@ def test_the_cards_of_exports_and_models(hub: Hub, plain: dict[str, Any]) -> Non
     assert merged["base_model_relation"] == "finetune"
     assert 'AutoModelForCausalLM.from_pretrained("me/merged")' in merged_body
     assert "sorsa, merged" in merged_body
+
+
+@pytest.mark.parametrize(
+    ("task_type", "auto_class", "task"),
+    [
+        ("CAUSAL_LM", "AutoModelForCausalLM", "text-generation"),
+        (None, "AutoModelForCausalLM", "text-generation"),
+        ("SEQ_CLS", "AutoModelForSequenceClassification", "text-classification"),
+        ("TOKEN_CLS", "AutoModelForTokenClassification", "token-classification"),
+        ("FEATURE_EXTRACTION", "AutoModel", "text-generation"),
+    ],
+)
+def test_the_card_of_an_adapter_says_what_its_task_type_does(
+    task_type: str | None, auto_class: str, task: str, tmp_path: Path
+) -> None:
+    config = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    facts = _Content.read(tmp_path, None, None).facts("me/mine", None, {}, {}, None)
+    assert facts.task == task
+    assert f"base = {auto_class}.from_pretrained(" in facts.snippet
 
 
 def test_no_path_of_this_machine_is_pushed(

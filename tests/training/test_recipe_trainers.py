@@ -163,7 +163,14 @@ def test_a_reward_model_has_one_score_and_its_card_tells_how_to_load_it(
     assert model.config.num_labels == 1
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
-    assert "num_labels=1" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "out" / "adapter" / "README.md")
+    assert "num_labels=1" in card.text
+    assert card.data.pipeline_tag == "text-classification"
+    told = {result.metric_name for result in card.data.eval_results}
+    assert told == {"held-out loss"}
+    assert 0.0 <= metrics["eval_accuracy_before"] <= 1.0
+    assert f"| eval_accuracy_after | {metrics['eval_accuracy_after']:.6g} |" in card.text
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_plain_training_ends_each_row_and_cuts_it_at_the_context(
