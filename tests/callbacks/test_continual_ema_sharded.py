@@ -1,4 +1,6 @@
-"""Evaluations of the average on two gloo processes under FSDP2, whose root keeps gathered weights after one.
+"""The average on two gloo processes under FSDP2: evaluated, and of the best checkpoint.
+
+After an evaluation FSDP2's root still has the weights that it has gathered for it.
 
 As a program: torchrun --nproc_per_node 2 -m tests.callbacks.test_continual_ema_sharded OUT
 """
@@ -33,19 +35,23 @@ FSDP2: dict[str, Any] = {
 }
 
 
-def run(folder: Path, *, evaluates: bool, sharded: bool) -> dict[str, Tensor]:
+# The highest loss, which is not that of the last model.
+BEST = {"save_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+
+
+def run(folder: Path, *, evaluates: bool, sharded: bool, best: bool = False) -> dict[str, Tensor]:
     """Train with or without evaluations, and return the parameters and the held-out losses."""
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2} if evaluates else {}
     options |= FSDP2 if sharded else {}
+    options |= BEST if best else {"save_strategy": "no"}
     batch = 2 if sharded else 4
     trainer: Any = build(
         folder,
-        ContinualEMACallback(fallback=0.2),
+        ContinualEMACallback(fallback=0.2, best_from="ema" if best else "raw"),
         prepare=_switch_fsdp_on if sharded else lambda _: None,
         per_device_train_batch_size=batch,
         adam_epsilon=0.1,
         learning_rate=0.1,
-        save_strategy="no",
         **options,
     )
     trainer.train()
@@ -61,16 +67,34 @@ def main() -> None:
     for evaluates in (False, True):
         found = run(out, evaluates=evaluates, sharded=True)
         save_file(found, out / f"{evaluates}.rank{dist.get_rank()}.safetensors")
+    found = run(out / "best", evaluates=True, sharded=True, best=True)
+    save_file(found, out / f"best.rank{dist.get_rank()}.safetensors")
     dist.destroy_process_group()
 
 
-def test_evaluations_are_of_the_average_and_change_nothing(tmp_path: Path) -> None:
-    two_processes("tests.callbacks.test_continual_ema_sharded", tmp_path)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with what two processes have found."""
+    out = tmp_path_factory.mktemp("two")
+    two_processes("tests.callbacks.test_continual_ema_sharded", out)
+    return out
+
+
+def test_the_best_checkpoint_s_average(two: Path, tmp_path: Path) -> None:
+    alone = run(tmp_path, evaluates=True, sharded=False, best=True)
+    losses = alone.pop("losses")
+    assert losses.argmax() == 0  # so the best is the average after two updates
+    for rank in (0, 1):
+        found, last = (load_file(two / f"{name}.rank{rank}.safetensors") for name in ("best", "True"))
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+            assert not torch.allclose(found[name], last[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_evaluations_are_of_the_average_and_change_nothing(two: Path, tmp_path: Path) -> None:
     alone = run(tmp_path, evaluates=True, sharded=False)
     for rank in (0, 1):
-        without, with_them = (
-            load_file(tmp_path / f"{flag}.rank{rank}.safetensors") for flag in (False, True)
-        )
+        without, with_them = (load_file(two / f"{flag}.rank{rank}.safetensors") for flag in (False, True))
         losses = with_them.pop("losses")
         assert len(losses) == STEPS // 2
         without.pop("losses")
