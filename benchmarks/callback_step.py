@@ -1,30 +1,32 @@
 """Time of a training step with each callback, as a ratio to the Trainer without one.
 
-Run: python benchmarks/callback_step.py [--rounds 12] [--steps 6] [--only NAME,...]
+Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 400] [--warm-up 5] [--only NAME,...]
      [--out docs/assets/callback_step.json]
 
-The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread. All arms take turns within one
-process: in each round every arm trains for a few steps, and the ratio is taken within the round, of the mean
-time from one step's beginning to the next one's.
+The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread. Each callback takes turns with a
+run without one within one process, a step each (`_pairing.py`); the arm "plain" is two runs without one, and
+shows what the measurement itself can tell apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _lab import embedded_model, fit, functions, save_json, table
-from transformers import TrainerCallback
+from _lab import fit, functions, save_json, table
+from _pairing import COLUMNS, HEADS, Lane, compared, decides, in_turns
 
 from hf_ext import callbacks
 
+# Of the ratio to the step without the callback.
+BAR = 1.005
+PLAIN = "plain"
 ARMS: dict[str, Any] = {
-    "plain": list,
+    PLAIN: list,
     "infinite_lr": lambda: [callbacks.InfiniteLRCallback()],
     "refined_linear_decay": lambda: [callbacks.RefinedLinearDecayCallback(record=False)],
     "refined_linear_decay, recording": lambda: [callbacks.RefinedLinearDecayCallback(record=True)],
@@ -42,75 +44,49 @@ def _adaptive(interval: int) -> Any:
     return callbacks.AdaptiveBatchSizeCallback(batch_max=16, eta=1e9, test_interval=interval)
 
 
-class Clock(TrainerCallback):
-    """Take the time at each step's beginning."""
+def training(arm: str, folder: Path) -> Callable[[Lane, int], Any]:
+    """Return what trains the embedded model with an arm's callbacks for some steps."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def train(lane: Lane, steps: int) -> None:
+        corpus = functions()
+        fit(
+            corpus.train,
+            corpus.validation,
+            learning_rate=1e-5,
+            seed=0,
+            max_steps=steps,
+            batch_size=4,
+            callbacks=[lane, *ARMS[arm]()],
+            folder=folder,
+            evaluate=False,
+            gradient_accumulation_steps=2,
+        )
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Take the time."""
-        self.times.append(time.perf_counter())
-
-
-def seconds(arm: str, steps: int, model: Any, folder: Path) -> float:
-    """Return the mean seconds of a step, after a first that is not counted."""
-    clock = Clock()
-    corpus = functions()
-    fit(
-        corpus.train,
-        corpus.validation,
-        learning_rate=1e-5,
-        seed=0,
-        max_steps=steps + 2,
-        batch_size=4,
-        callbacks=[clock, *ARMS[arm]()],
-        model=model,
-        folder=folder,
-        evaluate=False,
-        gradient_accumulation_steps=2,
-    )
-    return (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
+    return train
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--only", help="arms to measure beside the plain one, by how they begin")
+    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--only", help="callbacks to measure, by how their names begin")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    starts = ("plain", *options.only.split(",")) if options.only else ("",)
-    arms = [arm for arm in ARMS if arm.startswith(tuple(starts))]
-    model = embedded_model()
-    taken: dict[str, list[float]] = {arm: [] for arm in arms}
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(options.rounds + 1):
-            first = turn % len(arms)  # who comes after whom must not decide
-            for arm in arms[first:] + arms[:first]:
-                found = seconds(arm, options.steps, model, Path(folder))
-                if turn:  # the first round warms up
-                    taken[arm].append(found)
-    results = {}
-    for arm in arms:
-        ratios = [a / b for a, b in zip(taken[arm], taken["plain"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        results[arm] = {
-            "seconds": statistics.median(taken[arm]),
-            "ratio": middle,
-            "ratio_q1": low,
-            "ratio_q3": high,
-            "ratio_of_fastest": min(taken[arm]) / min(taken["plain"]),
-        }
-    rows = [
-        [arm, *(f"{r[key]:.4f}" for key in ("seconds", "ratio", "ratio_q1", "ratio_q3", "ratio_of_fastest"))]
-        for arm, r in results.items()
-    ]
-    print(table(rows, ["callback", "seconds", "ratio", "lower quartile", "upper", "of the fastest"]))
+    starts = tuple(options.only.split(",")) if options.only else ("",)
+    results: dict[str, Any] = {}
+    for arm in (name for name in ARMS if name.startswith(starts)):
+        with tempfile.TemporaryDirectory() as folder:
+            plain, other = (training(which, Path(folder)) for which in (PLAIN, arm))
+            figures = compared(*in_turns(plain, other, options.pairs, options.warm_up))
+        results[arm] = {**figures, "bar": BAR, "is": decides(figures, BAR)}
+        shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in results[arm].items()}
+        print(arm, shown, flush=True)
+    rows = [[arm, *(f"{row[key]:.4f}" for key in COLUMNS), row["is"]] for arm, row in results.items()]
+    print(table(rows, ["callback", *HEADS, f"{BAR}"]))
     if options.out:
-        save_json(options.out, {"rounds": options.rounds, "steps": options.steps, "arms": results})
+        save_json(options.out, {"pairs_of_steps": options.pairs, "callbacks": results})
 
 
 if __name__ == "__main__":

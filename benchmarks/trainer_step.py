@@ -1,22 +1,21 @@
 """Time of a training step and peak memory of each trainer, as ratios to TRL's trainer that it extends.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/trainer_step.py [--rounds 8] [--steps 6] [--only NAME,...]
-     [--out docs/assets/trainer_step.json]
+Run: OMP_NUM_THREADS=1 python benchmarks/trainer_step.py [--pairs 200] [--warm-up 5] [--only NAME,...]
+     [--no-memory] [--out docs/assets/trainer_step.json]
 
-The embedded model, fp32, one thread, settings under which both compute the same. Both take turns within one
-process, and the ratio is of the mean time from one step's beginning to the next one's, within a round. Peak
-memory is that of a process of its own for each, over the peak of one that only builds the parent.
+The embedded model, fp32, one thread, settings under which both compute the same, the same batches. Both take
+turns within one process, a step each (`_pairing.py`); the median of the paired ratios is told with its
+quartiles and its bootstrap interval, by wall and by processor time, and on which side of the bar the interval
+is. Peak memory is that of a process of its own for each, over the parent's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from _lab import MODEL, save_json, table
+from _pairing import COLUMNS, HEADS, Lane, compared, decides, in_turns
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer.distillation_config import DistillationConfig
@@ -37,6 +37,8 @@ from hf_ext import trainers
 from hf_ext.data import load_docstrings, load_preferences, load_prompts
 
 ROWS = 64
+# Of the ratio to the parent's step.
+BAR = 1.02
 
 
 def _model() -> Any:
@@ -122,21 +124,10 @@ PAIRS: dict[str, tuple[Arm, Arm]] = {
 }
 
 
-class Clock(TrainerCallback):
-    """Take the time at each step's beginning."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Take the time."""
-        self.times.append(time.perf_counter())
-
-
-def build(arm: Arm, steps: int, folder: Path, clock: Clock) -> Any:
+def build(arm: Arm, steps: int, folder: Path, lane: TrainerCallback) -> Any:
     """Return a trainer for some steps."""
     given: dict[str, Any] = {
-        "max_steps": steps + 2,
+        "max_steps": steps,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-6,
         "save_strategy": "no",
@@ -158,17 +149,15 @@ def build(arm: Arm, steps: int, folder: Path, clock: Clock) -> Any:
         args=arm.config(str(folder), **{key: value for key, value in given.items() if key in known}),
         train_dataset=arm.rows(),
         processing_class=AutoTokenizer.from_pretrained(MODEL),
-        callbacks=[clock],
+        callbacks=[lane],
         **{name: _model() for name in arm.models},
         **more,
     )
 
 
-def seconds(arm: Arm, steps: int, folder: Path) -> float:
-    """Return the mean seconds of a step, after a first that is not counted."""
-    clock = Clock()
-    build(arm, steps, folder, clock).train()
-    return (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
+def training(arm: Arm, folder: Path) -> Callable[[Lane, int], Any]:
+    """Return what builds and runs a trainer for some steps."""
+    return lambda lane, steps: build(arm, steps, folder, lane).train()
 
 
 def peak(name: str, which: int) -> int:
@@ -176,7 +165,7 @@ def peak(name: str, which: int) -> int:
     code = (
         "import sys, tempfile, pathlib; sys.path.insert(0, sys.argv[1]); import trainer_step as t\n"
         "t.torch.set_num_threads(1); folder = pathlib.Path(tempfile.mkdtemp())\n"
-        "t.seconds(t.PAIRS[sys.argv[2]][int(sys.argv[3])], 3, folder)\n"
+        "t.build(t.PAIRS[sys.argv[2]][int(sys.argv[3])], 3, folder, t.TrainerCallback()).train()\n"
         "lines = open('/proc/self/status').read().splitlines()\n"
         "print('PEAK', next(line.split()[1] for line in lines if line.startswith('VmHWM')))"
     )
@@ -190,9 +179,10 @@ def peak(name: str, which: int) -> int:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--only", help="pairs to measure, by how their names begin")
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--only", help="trainers to measure, by how their names begin")
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -201,43 +191,34 @@ def main() -> None:
     ]
     results: dict[str, Any] = {}
     for name in chosen:
-        taken: list[list[float]] = [[], []]
+        parent, ours = PAIRS[name]
         with tempfile.TemporaryDirectory() as folder:
-            for turn in range(options.rounds + 1):
-                for which in (0, 1) if turn % 2 else (1, 0):
-                    found = seconds(PAIRS[name][which], options.steps, Path(folder))
-                    if turn:  # the first round warms up
-                        taken[which].append(found)
-        ratios = [ours / theirs for theirs, ours in zip(*taken, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        memory = [peak(name, which) for which in (0, 1)]
+            theirs, own = (training(arm, Path(folder)) for arm in (parent, ours))
+            figures = compared(*in_turns(theirs, own, options.pairs, options.warm_up))
         results[name] = {
-            "parent": PAIRS[name][0].trainer.__name__,
-            "seconds": statistics.median(taken[1]),
-            "ratio": middle,
-            "ratio_q1": low,
-            "ratio_q3": high,
-            "ratio_of_fastest": min(taken[1]) / min(taken[0]),
-            "peak_ratio": memory[1] / memory[0],
+            "parent": parent.trainer.__name__,
+            **figures,
+            "bar": BAR,
+            "is": decides(figures, BAR),
         }
-        print(
-            name, {k: v if isinstance(v, str) else round(v, 4) for k, v in results[name].items()}, flush=True
-        )
-    keys = ("seconds", "ratio", "ratio_q1", "ratio_q3", "ratio_of_fastest", "peak_ratio")
-    rows = [[name, row["parent"], *(f"{row[key]:.4f}" for key in keys)] for name, row in results.items()]
-    heads = [
-        "trainer",
-        "parent",
-        "seconds",
-        "ratio",
-        "lower quartile",
-        "upper",
-        "of the fastest",
-        "peak memory",
+        if not options.no_memory:
+            memory = [peak(name, which) for which in (0, 1)]
+            results[name]["peak_ratio"] = memory[1] / memory[0]
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in results[name].items()}
+        print(name, shown, flush=True)
+    rows = [
+        [
+            name,
+            row["parent"],
+            *(f"{row[key]:.4f}" for key in COLUMNS),
+            row["is"],
+            f"{row['peak_ratio']:.4f}" if "peak_ratio" in row else "",
+        ]
+        for name, row in results.items()
     ]
-    print(table(rows, heads))
+    print(table(rows, ["trainer", "parent", *HEADS, f"{BAR}", "peak memory"]))
     if options.out:
-        save_json(options.out, {"rounds": options.rounds, "steps": options.steps, "pairs": results})
+        save_json(options.out, {"pairs_of_steps": options.pairs, "trainers": results})
 
 
 if __name__ == "__main__":
