@@ -170,6 +170,13 @@ def test_layers_of_another_shape_or_kind_are_refused() -> None:
             running(model, optimizer, **settings)
 
 
+def test_a_sharded_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Parameter, "full_tensor", lambda self: self, raising=False)
+    model: Any = Blocks(3)
+    with pytest.raises(ValueError, match=r"whole replica.*takes a part of every layer"):
+        running(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 # The optimizer ------------------------------------------------------------------------------------
 
 
