@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.test_utils import get_torch_dist_unique_port
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -265,8 +264,8 @@ def on_two_processes(out: Path, settings: dict[str, Any]) -> dict[str, dict[str,
     script = out / "worker.py"
     out.mkdir(parents=True, exist_ok=True)
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(get_torch_dist_unique_port()), str(script), str(out), repr(settings)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), str(out), repr(settings)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
