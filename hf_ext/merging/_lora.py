@@ -85,8 +85,8 @@ class Adapter:
     def shape(self, module: str) -> tuple[int, int]:
         """Return an update's shape: (out_features, in_features) or (num_embeddings, embedding_dim)."""
         a, b, _ = self.modules[module]
-        shape = b.shape[0], a.shape[1]
-        return shape[::-1] if module in self.embeddings else shape
+        rows, columns = b.shape[0], a.shape[1]
+        return (columns, rows) if module in self.embeddings else (rows, columns)
 
     def keys(self, module: str) -> tuple[str, str]:
         """Return the keys in the file of what `factors` returns, left and right."""
