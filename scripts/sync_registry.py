@@ -191,7 +191,7 @@ def full_table(rows: Sequence[Any]) -> str:
 def _front_matter(page: Path) -> dict[str, Any]:
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    matter = yaml.safe_load(match.group(1)) if match else None
+    matter = yaml.load(match.group(1), Loader=yaml.BaseLoader) if match else None  # text: "no" is no bool
     return matter if isinstance(matter, dict) else {}
 
 
