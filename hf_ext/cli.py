@@ -169,6 +169,11 @@ def _add_recover_command(commands: Any) -> None:
     recover.add_argument("--norm-power", type=float, default=1.0, metavar="P", help="exponent of norms (1)")
     recover.add_argument("--eps", type=float, default=1e-4, help="added to norms (1e-4)")
     recover.add_argument("--prefix", help="name of the list of layers, such as model.layers")
+    recover.add_argument(
+        "--swapped",
+        action="store_true",
+        help="outer stages were swapped in training (swap_prob): copy a lost one from its partner",
+    )
 
 
 def _add_adapter_commands(commands: Any) -> None:
@@ -371,6 +376,7 @@ def _recover(parsed: argparse.Namespace) -> int:
         norm_power=parsed.norm_power,
         eps=parsed.eps,
         prefix=parsed.prefix,
+        swapped=parsed.swapped,
     )
     for layer, parts in found.layers.items():
         _say(f"layer {layer}: " + " + ".join(f"{w:.6g} x layer {other}" for other, w in parts.items()))

@@ -38,6 +38,7 @@ from ..core.layer_recovery import (
     layer_kinds,
     plan_recovery,
     rebuilt,
+    swap_partners,
 )
 from ._base import Callback, Neutral, Run, register_callback, whole
 from ._gradients import before_clipping, gradient_norm
@@ -177,7 +178,6 @@ class StageRecoveryCallback(Callback):
         recorded, rule = len(self._norms), f"{self._count}, one of each layer"
         check(recorded in (0, self._count), "number of recorded norms", recorded, rule)
         if self.swap_prob:
-            check(stages >= 4, "stages", stages, "at least 4 to swap the outer ones (swap_prob)")
             for layer in self._partners():
                 self._plan([layer])
         self._hooks = [
@@ -277,9 +277,7 @@ class StageRecoveryCallback(Callback):
 
     def _partners(self) -> dict[int, int]:
         """Return for each layer of the outer stages that which takes its place in a swap."""
-        size, last = self._size, self._count - 2 * self._size
-        pairs = [(start + j, start + size + j) for start in (0, last) for j in range(size)]
-        return {**dict(pairs), **{b: a for a, b in pairs}}
+        return swap_partners(self._count, self._size)
 
     # The learning rate of rebuilt stages ----------------------------------------------------------
 

@@ -88,6 +88,22 @@ class RecoveryPlan:
         return Recovery(self.layers, tuple(self.sources))
 
 
+def swap_partners(count: int, size: int) -> dict[int, int]:
+    """Return for each layer of the outer stages that which takes its place in a swap (CheckFree+).
+
+    Args:
+        count: Number of layers.
+        size: Layers of a stage.
+
+    Raises:
+        ValueError: There are fewer than four stages.
+    """
+    stages = count // size
+    check(stages >= 4, "stages", stages, "at least 4 to swap the outer ones")
+    pairs = [(start + j, start + size + j) for start in (0, count - 2 * size) for j in range(size)]
+    return {**dict(pairs), **{b: a for a, b in pairs}}
+
+
 def plan_recovery(
     shapes: Mapping[str, tuple[int, ...]],
     layers: Sequence[int],

@@ -8,8 +8,8 @@ Differs from the paper:
 - The norms are those before clipping; the authors' code takes them after each stage was clipped to 1, which
   makes both 1, and a plain mean, whenever both were clipped.
 - omega enters as (|g| + eps)^p with p = 1, as in the authors' code; p = 2 weights by squared norms.
-- Where only one side survives its layers are copied. CheckFree+, which trains the outer stages to stand in
-  for their neighbors, and the raised learning rate of a rebuilt stage are `StageRecoveryCallback`'s.
+- Where only one side survives its layers are copied. The training of CheckFree+, whose outer stages learn to
+  stand in for their neighbors, and the raised learning rate of a rebuilt stage are `StageRecoveryCallback`'s.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ..core.layer_recovery import (
     recorded_gradient_norms,
     recovery_weights,
     refuse_sharded,
+    swap_partners,
 )
 from ._checkpoint import DTYPES, INDEX, Checkpoint, Entry
 from ._side_files import copy_side_files
@@ -134,6 +135,7 @@ def recover_checkpoint(
     norm_power: float = 1.0,
     eps: float = 1e-4,
     prefix: str | None = None,
+    swapped: bool = False,
 ) -> Recovery:
     """Write a copy of a saved model in which lost layers are rebuilt from those beside them.
 
@@ -150,6 +152,8 @@ def recover_checkpoint(
         norm_power: Exponent of the norms, at least 0.
         eps: Added to a stage's norm, above 0.
         prefix: Name of the list of layers, such as "model.layers"; None to find it.
+        swapped: Whether the model was trained with its outer stages swapped for half of the micro-batches
+            (CheckFree+): a lost one is then a copy of its partner.
 
     Returns:
         What was made of what.
@@ -166,6 +170,7 @@ def recover_checkpoint(
     source = Checkpoint(checkpoint)
     try:
         shapes = {name: entry.shape for name, entry in source.tensors.items()}
+        count, size = len(find_layers(shapes, prefix)[1]), stage_size or len({*layers})
         plan = plan_recovery(
             shapes,
             layers,
@@ -174,7 +179,8 @@ def recover_checkpoint(
             norm_power=norm_power,
             eps=eps,
             prefix=prefix,
-            kinds=layer_kinds(source.config, len(find_layers(shapes, prefix)[1])),
+            partners=swap_partners(count, size) if swapped else None,
+            kinds=layer_kinds(source.config, count),
         )
         _refuse_other_types(source, plan)
         with atomic_folder(out) as fresh:

@@ -198,9 +198,28 @@ def test_the_command_takes_recorded_norms_and_stages(
     assert equal(tensors_of(tmp_path / "flat"), tensors_of(tmp_path / "equal"))
 
 
+@pytest.mark.parametrize(("stage", "copied"), [(1, {0: 3, 2: 5}), (2, {3: 0}), (4, {9: 6}), (3, {6: 9})])
+def test_outer_stages_that_were_swapped_in_training_are_copies_of_their_partners(
+    stage: int, copied: dict[int, int], tmp_path: Path
+) -> None:
+    values = tensors(12)
+    first = 3 * (stage - 1)
+    save_model(tmp_path / "m", lost(values, first, first + 1, first + 2))
+    given = ["recover", str(tmp_path / "m"), str(tmp_path / "out"), "--stage", str(stage), "--stages", "4"]
+    assert main([*given, "--swapped"]) == 0
+    found = tensors_of(tmp_path / "out")
+    for layer, partner in copied.items():
+        for name in (name for name in values if f"layers.{layer}." in name):
+            assert torch.equal(found[name], values[name.replace(f"layers.{layer}.", f"layers.{partner}.")])
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        (
+            ["--stage", "2", "--stages", "3", "--swapped", "--norms", "none"],
+            "stages must be at least 4 to swap",
+        ),
         ([], "--layers or --stage must be given"),
         (["--layers", "1", "--stage", "2", "--stages", "3"], "--layers or --stage must be given"),
         (["--stage", "2"], "--stages must be given"),
