@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 # Scripts in benchmarks/ that train each arm several times.
 STUDIES := refined_linear_decay infinite_lr annealing_law adaptive_batch_size continual_ema hypergradient weight_average \
-	ties lcsc sparse_soup checkfree global_merge online_iterative_dpo apo d2o aligndistil paced_distillation \
+	ties baselines lcsc sparse_soup checkfree global_merge online_iterative_dpo apo d2o aligndistil paced_distillation \
 	self_distillation unlearning
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hf-ext-installed

@@ -57,21 +57,22 @@ def corpora() -> dict[str, Corpus]:
     return {"functions": functions(), "prose": prose(), "tables": tables()}
 
 
-def expert(name: str, seed: int = 0, steps: int = STEPS) -> Path:
+def expert(name: str, seed: int = 0, steps: int = STEPS, rate: float = RATE) -> Path:
     """Return the folder of the embedded model, all weights fine-tuned on one kind of text.
 
     Args:
         name: "functions", "prose" or "tables".
         seed: Order of the data.
-        steps: Optimizer steps of 8 x 128 tokens, AdamW, linear decay from 3e-4.
+        steps: Optimizer steps of 8 x 128 tokens, AdamW, linear decay.
+        rate: Learning rate at the start.
     """
-    folder = ROOT / f"{name}-seed{seed}-steps{steps}"
+    folder = ROOT / (f"{name}-seed{seed}-steps{steps}" + (f"-rate{rate:g}" if rate != RATE else ""))
     if not folder.is_dir():
         model, corpus = embedded_model(), corpora()[name]
         fit(
             corpus.train,
             corpus.validation,
-            learning_rate=RATE,
+            learning_rate=rate,
             seed=seed,
             max_steps=steps,
             model=model,
