@@ -45,6 +45,7 @@ _LONGEST_WAIT = 30.0  # seconds between two attempts
 _TRANSIENT = frozenset({408, 409, 412, 425, 429})  # and every 5xx
 _TEMPLATE = "[More Information Needed]"  # in the empty cards that PEFT and transformers write
 # Fields of an adapter_config.json that are no settings of a method.
+_CLASSIFIES = ("SEQ_CLS", "TOKEN_CLS")
 # The Hub's names of what models do, by the ends of their classes' names.
 _TASKS = {
     "CausalLM": "text-generation",
@@ -272,6 +273,7 @@ class _Content:
         base_path: Path of this machine that a file names as the base, else None.
         method: Name for the card.
         has_tokenizer: Whether a tokenizer lies beside.
+        labels: Outputs of the head that an adapter has trained; None where it has none of its own.
     """
 
     adapter: dict[str, Any] | None
@@ -280,6 +282,7 @@ class _Content:
     base_path: str | None
     method: str
     has_tokenizer: bool
+    labels: int | None = None
 
     @classmethod
     def read(cls, folder: Path, base_model: str | None, method: str | None) -> _Content:
@@ -305,6 +308,7 @@ class _Content:
             base_path=named if named and _hub_id(named) is None else None,
             method=method or kind,
             has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+            labels=_labels(folder, adapter),
         )
 
     def is_ours(self) -> bool:
@@ -345,13 +349,14 @@ class _Content:
             snippet=self.snippet(repo_id),
             is_adapter=self.adapter is not None,
             tags=tuple(sorted({"hf_ext", kind or "full"})),
-            task=_TASKS.get(self.auto_class.removeprefix("AutoModelFor"), "text-generation"),
+            task=_TASKS.get(self.auto_class.removeprefix("AutoModelFor")),
         )
 
     def snippet(self, repo_id: str) -> str:
         """Return the code that loads the repository."""
         names = [self.auto_class, *(["AutoTokenizer"] if self.has_tokenizer else [])]
         lines: list[str] = []
+        labels = "" if self.labels is None else f", num_labels={self.labels}"
         if self.adapter is None:
             lines += [f"from transformers import {', '.join(names)}", ""]
             lines.append(f'model = {self.auto_class}.from_pretrained("{repo_id}")')
@@ -359,11 +364,23 @@ class _Content:
             base = self.base_model or f"path/to/{Path(self.base_path or 'base').name}"
             lines += ["import hf_ext  # makes the adapter type known to PEFT"] if self.is_ours() else []
             lines += ["from peft import PeftModel", f"from transformers import {', '.join(names)}", ""]
-            lines.append(f'base = {self.auto_class}.from_pretrained("{base}")')
+            lines.append(f'base = {self.auto_class}.from_pretrained("{base}"{labels})')
             lines.append(f'model = PeftModel.from_pretrained(base, "{repo_id}")')
         if self.has_tokenizer:
             lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")')
         return "\n".join(lines)
+
+
+def _labels(folder: Path, adapter: Mapping[str, Any] | None) -> int | None:
+    """Return the number of outputs of a classifier's head that is saved with an adapter."""
+    from .core.files import tensor_header
+
+    path = folder / _ADAPTER_WEIGHTS[0]
+    if adapter is None or adapter.get("task_type") not in _CLASSIFIES or not path.is_file():
+        return None
+    heads = tuple(f".{name}.weight" for name in adapter.get("modules_to_save") or ())
+    found = [entry["shape"] for key, entry in tensor_header(path).items() if heads and key.endswith(heads)]
+    return int(found[0][0]) if len(found) == 1 else None
 
 
 def _auto_class(architecture: str) -> str:

@@ -361,7 +361,8 @@ class Callback(TrainerCallback):
         if step is not None:
             check(scalars["step"] == step, "step", scalars["step"], f"{step}", where=place)
         for field in dataclasses.fields(self):
-            value, saved = getattr(self, field.name), scalars["settings"].get(field.name)
+            # A checkpoint of an earlier version lacks fields that were added since.
+            value, saved = getattr(self, field.name), scalars["settings"].get(field.name, field.default)
             free = field.name in self.may_change or (of_other_run and value == field.default)
             check(free or saved == value, field.name, value, f"{saved!r}, as in the checkpoint", where=place)
         if self.per_rank:

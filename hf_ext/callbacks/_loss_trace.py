@@ -146,6 +146,8 @@ def check_smooth(smooth: float, *, training: bool) -> None:
 
 
 def _smoothed(history: Iterable[Mapping[str, Any]], smooth: float) -> dict[int, float]:
+    # The first log after a resume is a mean since the checkpoint, which a log does not tell: it is placed as
+    # one since the log before. The callback, which knows, places it right.
     mean, done, points = SmoothedLoss(smooth), 0, {}
     for entry in history:
         if TRAINING_LOSS not in entry:

@@ -104,7 +104,9 @@ class LocalTrainCallback(LocalUpdatesCallback):
             data, "pool" those of the mixture of the replicas' inputs, "average" the mean of the variances.
         bn_batches: Batches of the evaluation's size on each process that "recalibrate" sees.
         seed: Of the pairs; the same on all processes.
-        allow_different_init: Whether replicas may start from different weights, whose mean is no model.
+        allow_different_init: Whether replicas may start from different weights, whose mean is no model. DDP
+            has given all of them the first process's when a run begins, whatever was loaded: this is about
+            what has changed weights or buffers since.
     """
 
     local_steps: int = 100

@@ -164,6 +164,7 @@ class StageRecoveryCallback(Callback):
         for other in apart if dist.is_distributed() else ():
             rule = "used without it on several processes, whose gradients it lets differ"
             check(False, self.info.name, type(other).__name__, rule)
+        self._refuse_taken_from_base(run.model)
         self._model, self._optimizer = run.model, getattr(run.optimizer, "optimizer", run.optimizer)
         named = dict(run.model.named_parameters())
         self._stem, layers = find_layers(named, self.prefix)
@@ -184,6 +185,16 @@ class StageRecoveryCallback(Callback):
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
+
+    def _refuse_taken_from_base(self, model: nn.Module) -> None:
+        """Refuse adapters whose trained tensors belong to frozen ones of their own layer."""
+        from ..merging._lora import changes_base
+
+        bound = {m.__class__.__name__ for m in model.modules() if getattr(m, "adapter_frozen_names", ())}
+        starts = [getattr(config, "init_lora_weights", None) for config in _peft_configs(model)]
+        found = [*sorted(bound), *(f"init_lora_weights={start!r}" for start in starts if changes_base(start))]
+        rule = "one whose trained tensors do not go with frozen ones of the same layer; train whole weights"
+        check(not found, "adapter", ", ".join(found), rule, where=self.info.name)
 
     def undo(self) -> None:
         """Leave the optimizer."""
@@ -206,7 +217,8 @@ class StageRecoveryCallback(Callback):
         if self._l2 is not None:
             l2 = torch.as_tensor(self._l2).detach().to(torch.float64)
             found = [before_clipping(n, l2.to(n.device), args.max_grad_norm) for n in found]
-        self._pending, self._l2 = found, None
+        # With a device map layers lie on several devices, and one without gradients counts on the CPU.
+        self._pending, self._l2 = [n.to(found[0].device) for n in found], None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -403,11 +415,15 @@ class StageRecoveryCallback(Callback):
 
 
 def _checked(name: str, named: Mapping[str, Tensor], parts: Iterable[tuple[str, float]]) -> Tensor:
-    found = [(named[part], weight) for part, weight in parts]
+    found = [(named[part].to(named[name].device), weight) for part, weight in parts]
     value = rebuilt(found)
     finite = not value.is_floating_point() or bool(torch.isfinite(value).all())
     check(finite, name, "NaN or infinite values", f"made of finite ones: {[part for part, _ in parts]}")
     return value
+
+
+def _peft_configs(model: nn.Module) -> list[Any]:
+    return list((getattr(model, "peft_config", None) or {}).values())
 
 
 def _marks(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -205,9 +205,13 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         check(not value, name, value, "off: such an adapter is more than s B A", where=where)
     check(config.get("bias", "none") == "none", "bias", config.get("bias"), "'none'", where=where)
     start = config.get("init_lora_weights")
-    changes = isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
     rule = "one that leaves the base as it is; save it with path_initial_model_for_weight_conversion"
-    check(not changes, "init_lora_weights", start, rule, where=where)
+    check(not changes_base(start), "init_lora_weights", start, rule, where=where)
+
+
+def changes_base(start: object) -> bool:
+    """Return whether a value of `init_lora_weights` makes PEFT write a residual into the base."""
+    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
 
 
 def _scale(config: Mapping[str, Any], module: str, r: int, where: str) -> float:
@@ -285,7 +289,13 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
 
 
 def _same(one: Checkpoint, a: Entry, other: Checkpoint, b: Entry) -> bool:
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and same_bytes(one, a, other, b)
+    """Whether two tensors hold the same numbers; of two types, those that the narrower one can hold."""
+    if a.shape != b.shape or not (a.is_float and b.is_float):
+        return False
+    if a.dtype == b.dtype:
+        return same_bytes(one, a, other, b)
+    narrow = DTYPES[min(a, b, key=lambda entry: entry.itemsize).dtype]
+    return torch.equal(_tensor(one, a).to(narrow), _tensor(other, b).to(narrow))
 
 
 def _into_base(

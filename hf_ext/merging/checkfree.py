@@ -167,7 +167,7 @@ def recover_checkpoint(
     out = Path(out)
     empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     check(empty, "out", str(out), "a folder that does not exist, or is empty")
-    source = Checkpoint(checkpoint)
+    source = _model(checkpoint)
     try:
         shapes = {name: entry.shape for name, entry in source.tensors.items()}
         count, size = len(find_layers(shapes, prefix)[1]), stage_size or len({*layers})
@@ -212,7 +212,7 @@ def layers_of_stages(
     Raises:
         ValueError: The stages do not divide the layers, or one does not exist.
     """
-    source = Checkpoint(checkpoint)
+    source = _model(checkpoint)
     try:
         stem, layers = find_layers(source.tensors, prefix)
     finally:
@@ -240,6 +240,17 @@ def recorded_norms_or_none(
         return None, None
     source = str(checkpoint if given is None else given)
     return recorded_gradient_norms(source), source
+
+
+def _model(folder: str | Path) -> Checkpoint:
+    source = Checkpoint(folder)
+    try:
+        rule = "a whole model's: merge the adapter into its base first, what it trains are no layers"
+        check(not source.is_adapter, "checkpoint", str(folder), rule)
+    except ValueError:
+        source.close()
+        raise
+    return source
 
 
 def _text(layers: Mapping[int, Mapping[int, float]]) -> dict[str, dict[str, float]]:

@@ -132,7 +132,7 @@ class TargetDistillationTrainer(DistillationTrainer):
         wanted = "dataset" in self.completion_sources(args)
         for field, rows in _named(train_dataset, eval_dataset):
             check_rows(rows, field, completions=wanted)
-        self._teacher_prompts = TEACHER_PROMPT in (getattr(train_dataset, "column_names", None) or ())
+        self._teacher_prompts = shows_teacher_more(train_dataset)
         for field, rows in _named(train_dataset, eval_dataset) if self._teacher_prompts else ():
             check_columns(rows, (TEACHER_PROMPT,), field)
             check_filled(rows, (TEACHER_PROMPT,), field)
@@ -590,6 +590,14 @@ def _freeze(model: Any, adapter: str) -> None:
     for name, parameter in model.named_parameters():
         if adapter in name.split("."):
             parameter.requires_grad_(False)
+
+
+def shows_teacher_more(dataset: Any) -> bool:
+    """Return whether rows say what the teacher is shown; by the first one where they stream."""
+    names = getattr(dataset, "column_names", None)
+    if names is None:
+        names = next(iter(dataset), None) or () if dataset is not None else ()
+    return TEACHER_PROMPT in names
 
 
 def _named(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:

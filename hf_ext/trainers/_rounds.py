@@ -549,7 +549,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self.load_policy(self.policy)  # this object may have trained before
         self.begin_rounds(run, progress.round)
         kept = run / f"round_{progress.round}" / "optimizer.safetensors"
-        if not self.args.reset_optimizer and checkpoint is None and progress.round >= 0:
+        if not self.args.reset_optimizer and checkpoint is None and any(progress.steps):
             self._kept_optimizer = read_tensors(kept)
         return progress, checkpoint
 
@@ -686,9 +686,12 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self.previous_policy, self.policy = before, self.policy_state()
         policy = whole_tensors(self.policy, self.policy_parameters())
         dist.on_main(lambda: write_tensors(folder / "policy.safetensors", policy))
-        if not self.args.reset_optimizer and self.optimizer is not None:
-            tensors = optimizer_tensors(self.optimizer)
-            dist.on_main(lambda: write_tensors(folder / "optimizer.safetensors", tensors))
+        # After a resume no optimizer is there until a round trains: its state then still waits for one.
+        kept = None if self.args.reset_optimizer else self._kept_optimizer
+        if not self.args.reset_optimizer and kept is None and self.optimizer is not None:
+            kept = optimizer_tensors(self.optimizer)
+        if kept is not None:
+            dist.on_main(lambda: write_tensors(folder / "optimizer.safetensors", kept))
         progress.round, progress.done = self.round, True
         progress.steps = [*progress.steps[: self.round], self.state.global_step if trained else 0]
         progress.write(run)

@@ -35,7 +35,7 @@ from trl import (
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
 from ._base import Inputs, MethodTrainer, Neutral, check_map, register_trainer
-from ._distillation import ROW, TEACHER_PROMPT, TargetDistillationTrainer
+from ._distillation import ROW, TEACHER_PROMPT, TargetDistillationTrainer, shows_teacher_more
 from ._pass_rates import (
     ESTIMATORS,
     PassCounts,
@@ -420,7 +420,7 @@ def _check_self_distillation(args: PacedDistillationConfig, dataset: Any) -> Non
     Raises:
         ValueError: It shows its teacher nothing more, or is not of reverse KL alone.
     """
-    if TEACHER_PROMPT not in (getattr(dataset, "column_names", None) or ()):
+    if not shows_teacher_more(dataset):
         raise ValueError(
             f"teacher_model is missing: it is left out for self-distillation only, whose train_dataset has a "
             f"column {TEACHER_PROMPT!r} with what the teacher is shown"

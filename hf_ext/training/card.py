@@ -30,7 +30,7 @@ class CardFacts:
         snippet: Python code that loads the folder.
         is_adapter: Whether the folder holds an adapter rather than a model.
         tags: Tags to add to those of the upstream libraries.
-        task: The Hub's name of what the model does.
+        task: The Hub's name of what the model does; None where that is not known.
         loss_unit: Unit of the held-out loss; empty for none.
     """
 
@@ -46,7 +46,7 @@ class CardFacts:
     snippet: str
     is_adapter: bool = True
     tags: tuple[str, ...] = ("hf_ext",)
-    task: str = "text-generation"
+    task: str | None = "text-generation"
     loss_unit: str = "nats per token"
 
 
@@ -88,7 +88,7 @@ def _fill(data: ModelCardData, facts: CardFacts) -> None:
     if after is not None:
         data.eval_results = [
             EvalResult(
-                task_type=facts.task,
+                task_type=facts.task or "other",
                 dataset_type=facts.dataset or "unknown",
                 dataset_name=facts.dataset or "unknown",
                 metric_type="loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import DataCollatorWithPadding, Trainer
 
 from ..core.checks import check
 
@@ -55,9 +55,23 @@ class CausalLMTrainer(Trainer):
             train_dataset=_tokenized(train_dataset, processing_class, limit),
             eval_dataset=None if eval_dataset is None else _tokenized(eval_dataset, processing_class, limit),
             processing_class=processing_class,
-            data_collator=DataCollatorForLanguageModeling(processing_class, mlm=False),
+            data_collator=NextTokenCollator(processing_class),
             **kwargs,
         )
+
+
+class NextTokenCollator(DataCollatorWithPadding):
+    """Pads rows; every token of theirs is a label, padding is none.
+
+    By position: transformers' own collator leaves out each token that is the padding one, and so the end of
+    every row where the end-of-sequence token pads.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return input_ids, attention_mask and labels, each (rows, longest row)."""
+        batch = super().__call__(features)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch
 
 
 def _tokenized(rows: Dataset, tokenizer: Any, limit: int | None) -> Dataset:

@@ -171,6 +171,17 @@ def test_settings_of_the_checkpoint(tmp_path: Path) -> None:
     build(tmp_path, Counting(name="other")).train(resume_from_checkpoint=start)
 
 
+def test_a_setting_that_a_checkpoint_of_an_earlier_version_lacks_is_the_default(tmp_path: Path) -> None:
+    build(tmp_path, Counting()).train()
+    path = tmp_path / "checkpoint-5" / "hf_ext_counting.json"
+    content = json.loads(path.read_text())
+    del content["scalars"]["settings"]["factor"]
+    path.write_text(json.dumps(content))
+    build(tmp_path, Counting()).train(resume_from_checkpoint=str(path.parent))
+    with pytest.raises(ValueError, match=r"factor must be 2\.0, as in the checkpoint, got 3\.0"):
+        build(tmp_path, Counting(factor=3.0)).train(resume_from_checkpoint=str(path.parent))
+
+
 def test_state_of_another_step_is_refused(tmp_path: Path) -> None:
     build(tmp_path, Counting()).train()
     for path in (tmp_path / "checkpoint-10").glob("hf_ext_*"):

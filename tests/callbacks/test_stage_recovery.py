@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from hf_ext.adapters import BoneConfig, PissaConfig, SorsaConfig
 from hf_ext.callbacks import StageRecoveryCallback
 from hf_ext.callbacks._base import Run
 from hf_ext.core.state import load_state
@@ -175,6 +177,27 @@ def test_a_sharded_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Blocks(3)
     with pytest.raises(ValueError, match=r"whole replica.*takes a part of every layer"):
         running(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (SorsaConfig(r=4, target_modules=["q_proj"]), "SorsaLinear"),
+        (PissaConfig(r=4, target_modules=["q_proj"]), "PissaLinear"),
+        (LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (LoraConfig(r=4, target_modules=["q_proj"]), None),
+        (BoneConfig(r=4, target_modules=["q_proj"]), None),
+    ],
+    ids=["sorsa", "pissa", "pissa_of_peft", "lora", "bone"],
+)
+def test_adapters_that_belong_to_their_own_layer_are_refused(config: Any, refused: str | None) -> None:
+    model: Any = get_peft_model(build_tiny_llama(num_hidden_layers=3), config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if refused is None:
+        assert running(model, optimizer).recover(2).tensors
+        return
+    with pytest.raises(ValueError, match=f"adapter must be one whose trained .* got .{refused}"):
+        running(model, optimizer)
 
 
 # The optimizer ------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from hf_ext.core.files import tensor_header
 from hf_ext.hub import _Content, push_to_hub
@@ -274,17 +276,24 @@ def test_the_cards_of_exports_and_models(hub: Hub, plain: dict[str, Any]) -> Non
         (None, "AutoModelForCausalLM", "text-generation"),
         ("SEQ_CLS", "AutoModelForSequenceClassification", "text-classification"),
         ("TOKEN_CLS", "AutoModelForTokenClassification", "token-classification"),
-        ("FEATURE_EXTRACTION", "AutoModel", "text-generation"),
+        ("FEATURE_EXTRACTION", "AutoModel", None),
     ],
 )
 def test_the_card_of_an_adapter_says_what_its_task_type_does(
-    task_type: str | None, auto_class: str, task: str, tmp_path: Path
+    task_type: str | None, auto_class: str, task: str | None, tmp_path: Path
 ) -> None:
-    config = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": "org/base"}
+    config: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": "org/base"
+    }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     facts = _Content.read(tmp_path, None, None).facts("me/mine", None, {}, {}, None)
     assert facts.task == task
-    assert f"base = {auto_class}.from_pretrained(" in facts.snippet
+    assert f'base = {auto_class}.from_pretrained("org/base")' in facts.snippet
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["score"]}))
+    head = {"base_model.model.score.weight": torch.zeros(3, 8)}
+    save_file(head, tmp_path / "adapter_model.safetensors")
+    facts = _Content.read(tmp_path, None, None).facts("me/mine", None, {}, {}, None)
+    assert (", num_labels=3)" in facts.snippet) == (task_type in ("SEQ_CLS", "TOKEN_CLS"))
 
 
 def test_no_path_of_this_machine_is_pushed(

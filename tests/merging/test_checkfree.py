@@ -159,6 +159,16 @@ def test_what_cannot_be_rebuilt_is_refused_and_nothing_is_written(tmp_path: Path
         recover_checkpoint(tmp_path / "m", tmp_path / "plain", [1])
 
 
+def test_an_adapter_is_no_model_to_recover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "a", tensors(3))
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for lost_ones in (["--layers", "1"], ["--stage", "2", "--stages", "3"]):
+        assert main(["recover", str(tmp_path / "a"), str(tmp_path / "out"), *lost_ones]) == 2
+        assert "checkpoint must be a whole model's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def save_norms(folder: Path, norms: list[float | None]) -> None:
     """Write what StageRecoveryCallback leaves in a checkpoint."""
     save_state(folder, "hf_ext_stage_recovery", {"step": 7, "state": {"norms": norms}})

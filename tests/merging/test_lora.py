@@ -217,6 +217,19 @@ def _largest_half(delta: Tensor) -> Tensor:
     return torch.where(delta.abs() >= threshold, delta, torch.zeros_like(delta))
 
 
+def test_embeddings_whose_base_was_loaded_in_another_type_are_the_same(tmp_path: Path) -> None:
+    settings = {"target_modules": ["embed_tokens"]}
+    wide = adapter(tmp_path / "wide", 1, build_tiny_llama().bfloat16().float(), **settings)
+    narrow = adapter(tmp_path / "narrow", 2, **settings)
+    rewrite(narrow, "base_layer.weight", lambda tensor: tensor.bfloat16())
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path, {"format": "pt"})
+    merged(tmp_path, "linear", [wide, narrow], tmp_path / "base", options={"space": "merge_into_base"})
+    rewrite(wide, "base_layer.weight", lambda tensor: tensor * 1.1)
+    with pytest.raises(ValueError, match="embed_tokens"):
+        merged(tmp_path, "linear", [wide], tmp_path / "base", out="o", options={"space": "merge_into_base"})
+
+
 def test_embeddings_of_another_base_or_a_tied_one_are_refused(tmp_path: Path) -> None:
     settings = {"target_modules": ["embed_tokens"]}
     a, b = adapter(tmp_path / "a", 1, **settings), adapter(tmp_path / "b", 2, **settings)

@@ -102,6 +102,25 @@ def test_ties_everywhere_leave_the_policy_as_it_is(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for entry in figures for value in entry.values())
 
 
+def test_kept_moments_outlive_rounds_that_train_nothing(tmp_path: Path) -> None:
+    settings = {**SMALL, "num_rounds": 1, "prompts_per_round": 4, "reset_optimizer": False}
+    build(INFO, tmp_path, settings=settings, given={"reward_funcs": flat}).train()
+    build(INFO, tmp_path, settings={**settings, "num_rounds": 2}).train(resume_from_checkpoint=True)
+    kept = read_tensors(tmp_path / "round_1" / "optimizer.safetensors")
+    assert any(bool(value.abs().sum() > 0) for value in kept.values())
+    idle = build(INFO, tmp_path, settings={**settings, "num_rounds": 3}, given={"reward_funcs": flat})
+    idle.train(resume_from_checkpoint=True)
+    after = read_tensors(tmp_path / "round_2" / "optimizer.safetensors")
+    assert equal(kept, after)
+    last = build(INFO, tmp_path, settings={**settings, "num_rounds": 4}, max_steps=1, save_strategy="no")
+    last.train(resume_from_checkpoint=True)
+    steps = [
+        v for n, v in read_tensors(tmp_path / "round_3" / "optimizer.safetensors").items() if "step" in n
+    ]
+    before = [v for n, v in kept.items() if "step" in n]
+    assert [float(now) for now in steps] == [float(then) + 1 for then in before]
+
+
 def test_a_missing_end_costs_its_penalty(tmp_path: Path) -> None:
     def by_length(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return [float(len(ids)) for ids in completion_ids]

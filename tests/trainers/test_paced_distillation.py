@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
 from hf_ext.core.registry import get
+from hf_ext.trainers._distillation import shows_teacher_more
 from hf_ext.trainers.paced_distillation import PacedDistillationConfig, PacedDistillationTrainer
 from tests.callbacks.runs import equal
 from tests.reference import paced_distillation as reference
@@ -288,6 +289,17 @@ def own(folder: Path, data: Any = None, settings: Any = None, **arguments: Any) 
     }
     given = {"teacher_model": None, "eval_dataset": None, **arguments.pop("given", {})}
     return built(folder, data=data, settings={**ALONE, **(settings or {})}, given=given, **arguments)
+
+
+def test_a_stream_without_column_names_shows_the_teacher_more_too() -> None:
+    def stream(rows: Any) -> IterableDataset:
+        found = IterableDataset.from_generator(lambda: iter(list(rows)))
+        assert found.column_names is None
+        return found
+
+    assert shows_teacher_more(stream(shown()))
+    assert not shows_teacher_more(stream(columns(rows(), ("prompt",))))
+    assert not shows_teacher_more(None)
 
 
 def of_first_loss(trainer: Any) -> tuple[float, dict[str, Any]]:

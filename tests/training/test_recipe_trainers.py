@@ -188,6 +188,10 @@ def test_plain_training_ends_each_row_and_cuts_it_at_the_context(
     batch = trainer.data_collator([{"input_ids": [5, end]}, {"input_ids": [5, 6, 7, end]}])
     assert batch["labels"][1].tolist() == [5, 6, 7, end]
     assert batch["labels"][0].tolist()[2:] == [-100, -100]
+    ready.prepared.tokenizer.pad_token = ready.prepared.tokenizer.eos_token  # as GPT-2's is made
+    batch = trainer.data_collator([{"input_ids": [5, end]}, {"input_ids": [5, 6, 7, end]}])
+    assert batch["labels"].tolist()[1] == [5, 6, 7, end]
+    assert sorted(batch["labels"].tolist()[0]) == [-100, -100, *sorted([5, end])]
     long = ready.prepared.train.from_dict({"text": [text * limit]})
     assert len(_tokenized(long, ready.prepared.tokenizer, limit)[0]["input_ids"]) == limit
 
