@@ -35,7 +35,7 @@ GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
 
 
 # Adapters in rounds: PEFT's own, and one of ours that stores another base.
-ADAPTERS = {"apo": ("lora", "loldu"), "online_iterative_dpo": ("loldu",)}
+ADAPTERS = {"apo": ("lora", "loldu")}
 
 
 @dataclass(frozen=True)
