@@ -40,66 +40,79 @@ def files(tree: Path) -> dict[str, bytes]:
     return {str(p.relative_to(tree)): p.read_bytes() for p in tree.rglob("*") if p.suffix in {".py", ".md"}}
 
 
-@pytest.mark.parametrize("kind", ["adapter", "callback", "merge", "trainer"])
-def test_a_scaffolded_method_is_clean_registered_and_passes_tests(tree: Path, kind: str) -> None:
-    folder, exported, whole = KINDS[kind]
-    new = [f"hf_ext/{folder}/gated_toy.py", f"tests/{folder}/test_gated_toy.py", "docs/methods/gated_toy.md"]
-    generated = [f"hf_ext/{folder}/__init__.py", "hf_ext/_methods.py", "README.md", "docs/index.md"]
-    written = load_script("new_method", tree).scaffold(kind, "gated_toy")
-    assert [str(path.relative_to(tree)) for path in written] == new
+def test_scaffolded_methods_are_clean_registered_and_pass_tests(tree: Path) -> None:
+    # One of each kind in one tree: most of the time is imports.
+    generated: list[str] = []
+    new: list[str] = []
+    wanted: list[str] = []
+    for kind, (name, folder, _, tests) in KINDS.items():
+        own = [f"hf_ext/{folder}/{name}.py", f"tests/{folder}/test_{name}.py", f"docs/methods/{name}.md"]
+        written = load_script("new_method", tree).scaffold(kind, name)
+        assert [str(path.relative_to(tree)) for path in written] == own
+        new += own
+        generated.append(f"hf_ext/{folder}/__init__.py")
+        wanted.append(f"{name} and (test_{name} or {tests})")
+        # The export list is stale in the worst way: it imports a module that is gone.
+        exports = tree / "hf_ext" / folder / "__init__.py"
+        exports.write_text('"""Old."""\n\nfrom .gone import GoneConfig as GoneConfig\n')
+    tables = ["hf_ext/_methods.py", "README.md", "docs/index.md"]
 
-    # The export list is stale in the worst way: it imports a module that is gone.
-    exports = tree / "hf_ext" / folder / "__init__.py"
-    exports.write_text('"""Old."""\n\nfrom .gone import GoneConfig as GoneConfig\n')
     check = run(tree, "scripts/sync_registry.py", "--check")
     assert check.returncode == 1, check.stderr
-    assert [line.split()[0] for line in check.stdout.splitlines()] == generated
-    assert "GoneConfig" in exports.read_text(), "--check writes nothing"
-
+    assert {line.split()[0] for line in check.stdout.splitlines()} == {*generated, *tables}
     sync = run(tree, "scripts/sync_registry.py")
     assert sync.returncode == 0, sync.stderr
-    assert exports.read_text().count("GoneConfig") == 0
-    assert f"from .gated_toy import {exported} as {exported}" in exports.read_text()
-    assert '"gated_toy"' in (tree / "hf_ext" / "_methods.py").read_text()
-    assert "(docs/methods/gated_toy.md)" in (tree / "README.md").read_text()
-    assert "(methods/gated_toy.md)" in (tree / "docs" / "index.md").read_text()
+    for name, folder, exported, _ in KINDS.values():
+        text = (tree / "hf_ext" / folder / "__init__.py").read_text()
+        assert text.count("GoneConfig") == 0
+        assert f"from .{name} import {exported} as {exported}" in text
+        assert f'"{name}"' in (tree / "hf_ext" / "_methods.py").read_text()
+        assert f"(docs/methods/{name}.md)" in (tree / "README.md").read_text()
+        assert f"(methods/{name}.md)" in (tree / "docs" / "index.md").read_text()
 
+    sources = [path for path in (*new, *generated, tables[0]) if path.endswith(".py")]
     for command in (["check"], ["format", "--check"]):
-        lint = run(tree, "-m", "ruff", *command, *new[:2], *generated[:2])
+        lint = run(tree, "-m", "ruff", *command, *sources)
         assert lint.returncode == 0, lint.stdout
 
-    # Its own tests, and of the contract suite what shows that the method is whole.
-    suites = [new[1], f"tests/contracts/test_{kind}s.py", "-p", "no:cacheprovider"]
-    tests = run(tree, "-m", "pytest", "-q", "-x", "-k", f"gated_toy and ({whole})", *suites)
-    assert tests.returncode == 0, tests.stdout[-4000:]
-    assert int(re.findall(r"(\d+) passed", tests.stdout)[0]) >= {"merge": 9, "trainer": 8}.get(kind, 12)
+    # Their own tests, and of the contract suites what shows that the methods are whole.
+    suites = [path for path in new if path.startswith("tests/")]
+    suites += [f"tests/contracts/test_{kind}s.py" for kind in KINDS]
+    chosen = " or ".join(f"({names})" for names in wanted)
+    done = run(tree, "-m", "pytest", "-q", "-x", "-rA", "-p", "no:cacheprovider", "-k", chosen, *suites)
+    assert done.returncode == 0, done.stdout[-4000:]
+    for name, least in zip((row[0] for row in KINDS.values()), (12, 12, 9, 8), strict=True):
+        assert len(re.findall(rf"^PASSED .*{name}", done.stdout, re.MULTILINE)) >= least, name
 
 
-# Folder, a name that is exported, and the tests of the contract suite that are run.
+# Name, folder, a name that is exported, and the tests of the contract suite that are run, by kind.
 KINDS = {
     "adapter": (
+        "gated_low_rank",
         "adapters",
-        "GatedToyConfig",
-        "test_gated_toy or start_equals_base or only_adapter_tensors or save_and_load or config_round_trip "
+        "GatedLowRankConfig",
+        "start_equals_base or only_adapter_tensors or save_and_load or config_round_trip "
         "or merge_and_unmerge or delta_weight or conv1d or gradient_checkpointing or bad_settings "
         "or unknown_field",
     ),
     "callback": (
+        "gated_rate",
         "callbacks",
-        "GatedToyCallback",
-        "test_gated_toy or bad_settings or unknown_setting or json or neutral or first_added or pickle or "
+        "GatedRateCallback",
+        "bad_settings or unknown_setting or json or neutral or first_added or pickle or "
         "truncated or afresh or nothing_is_left or events_alone or two_of_one_class or logged",
     ),
     "merge": (
+        "gated_mean",
         "merging",
-        "GatedToy",
-        "test_gated_toy or bad_settings or unknown_setting or json or bits or order or zero or refused or "
-        "loads",
+        "GatedMean",
+        "bad_settings or unknown_setting or json or bits or order or zero or refused or loads",
     ),
     "trainer": (
+        "gated_loss",
         "trainers",
-        "GatedToyConfig",
-        "test_gated_toy or bad_settings or restates or neutral or missing or empty_text",
+        "GatedLossConfig",
+        "bad_settings or restates or neutral or missing or empty_text",
     ),
 }
 

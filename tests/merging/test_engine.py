@@ -80,7 +80,7 @@ def test_a_method_that_takes_models_in_turn_holds_one_of_them(tmp_path: Path) ->
         tensors = {"w": torch.randn(32, 327680, generator=generator).bfloat16()}
         folders.append(str(save_model(tmp_path / f"m{number}", tensors)))
     common = {"threads": 1, "base_model": folders[0], "merge_method": "opcm"}
-    configs = [{"models": folders[1:count], **common} for count in (3, 3, 6)]
+    configs = [{"models": folders[1:count], **common} for count in (3, 3, 6, 3)]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, json.dumps(configs), str(tmp_path)],
         capture_output=True,
@@ -89,8 +89,9 @@ def test_a_method_that_takes_models_in_turn_holds_one_of_them(tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    _, two, five = map(int, done.stdout.split())  # the first one warms up
-    assert five < two + (24 << 20), "three more models of 40 MiB"
+    _, before, five, after = map(int, done.stdout.split())  # the first one warms up
+    # Of the two smaller ones the larger: a system that takes idle pages away makes one of them too small.
+    assert five < max(before, after) + (24 << 20), "three more models of 40 MiB"
 
 
 @pytest.fixture

@@ -28,7 +28,12 @@ def history_of(out: Path) -> list[dict[str, Any]]:
 def test_every_callback_runs_by_its_name(tmp_path: Path, recipe: Recipes, info: MethodInfo) -> None:
     fields = json.loads(json.dumps(dict(info.test_kwargs)))
     path = recipe(
-        **BARE, callbacks={info.name: fields}, save_total_limit=1, eval_steps=1, eval_strategy="steps"
+        **BARE,
+        adapter={"type": "lora", "r": 4, "target_modules": "all-linear"},
+        callbacks={info.name: fields},
+        save_total_limit=1,
+        eval_steps=1,
+        eval_strategy="steps",
     )
     assert main(["train", path]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
