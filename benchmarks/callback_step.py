@@ -36,6 +36,7 @@ ARMS: dict[str, Any] = {
     "adaptive_batch_size, a test in every update": lambda: [_adaptive(1)],
     "hypergradient, rounds of 10": lambda: [callbacks.HypergradientCallback(local_steps=10)],
     "continual_ema": lambda: [callbacks.ContinualEMACallback()],
+    "stage_recovery, recording": lambda: [callbacks.StageRecoveryCallback()],
 }
 
 

@@ -40,6 +40,7 @@ from ..core.layer_recovery import (
     rebuilt,
     swap_partners,
 )
+from ..core.peft_starts import changes_base
 from ._base import Callback, Neutral, Run, register_callback, whole
 from ._gradients import before_clipping, gradient_norm
 from ._local_updates import refuse_sharded
@@ -188,8 +189,6 @@ class StageRecoveryCallback(Callback):
 
     def _refuse_taken_from_base(self, model: nn.Module) -> None:
         """Refuse adapters whose trained tensors belong to frozen ones of their own layer."""
-        from ..merging._lora import changes_base
-
         bound = {m.__class__.__name__ for m in model.modules() if getattr(m, "adapter_frozen_names", ())}
         starts = [getattr(config, "init_lora_weights", None) for config in _peft_configs(model)]
         found = [*sorted(bound), *(f"init_lora_weights={start!r}" for start in starts if changes_base(start))]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..core.checks import check
 from ..core.lowrank import recompress, truncated_svd
+from ..core.peft_starts import changes_base
 from ._align import excluded, same_bytes
 from ._base import MergeMethod, TensorInfo
 from ._checkpoint import DTYPES, Checkpoint, Entry
@@ -41,7 +42,6 @@ _REFUSED = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
     "target_parameters", "trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _KINDS = {"A.weight": "A", "B.weight": "B", "embedding_A": "A", "embedding_B": "B"}
 _BASE = ".base_layer.weight"
 _UNTIED = "lm_head.weight"
@@ -207,11 +207,6 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     start = config.get("init_lora_weights")
     rule = "one that leaves the base as it is; save it with path_initial_model_for_weight_conversion"
     check(not changes_base(start), "init_lora_weights", start, rule, where=where)
-
-
-def changes_base(start: object) -> bool:
-    """Return whether a value of `init_lora_weights` makes PEFT write a residual into the base."""
-    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
 
 
 def _scale(config: Mapping[str, Any], module: str, r: int, where: str) -> float:
