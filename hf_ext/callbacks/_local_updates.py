@@ -99,10 +99,12 @@ class LocalUpdatesCallback(Callback):
         self._norms: dict[str, _NormBase] = {}
         self._optimizer: Any = None
         self._averages_tokens: tuple[TrainingArguments, bool] | None = None
+        self._synced: tuple[Any, bool] | None = None
 
     def begin(self, run: Run) -> None:
         """Take note of what is trained, and bring back what each process had of its own."""
         self._trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        # Instance norms that keep statistics too, which `core.batch_norm` leaves out.
         self._norms = {n: m for n, m in run.model.named_modules() if isinstance(m, _NormBase)}
         self._optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
         refuse_sharded(run, self._trained.values(), type(self).__name__)
@@ -113,6 +115,7 @@ class LocalUpdatesCallback(Callback):
             wrapped = getattr(self.trainer, "model_wrapped", None)
             if isinstance(wrapped, nn.parallel.DistributedDataParallel):
                 # Its first forward would overwrite each process's statistics with those of the first.
+                self._synced = wrapped, wrapped.require_forward_param_sync
                 wrapped.require_forward_param_sync = False
             self._restore_own()
         self.load_shared_state(self._shared())
@@ -123,7 +126,11 @@ class LocalUpdatesCallback(Callback):
         self._held = {}
 
     def undo(self) -> None:
-        """Give the Trainer its way of counting tokens back."""
+        """Give the Trainer its way of counting tokens back, and DDP its copying of statistics."""
+        if self._synced is not None:
+            wrapped, synced = self._synced
+            wrapped.require_forward_param_sync = synced
+        self._synced = None
         if self._averages_tokens is not None:
             args, value = self._averages_tokens
             args.average_tokens_across_devices = value

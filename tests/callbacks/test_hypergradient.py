@@ -250,6 +250,7 @@ settings = eval(name)
 trainer = build(out, HypergradientCallback(**settings), optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
                 average_tokens_across_devices=True, save_steps=3)
 trainer.train()
+assert trainer.model_wrapped.require_forward_param_sync is True
 assert trainer.args.average_tokens_across_devices is True
 save_file(parameters(trainer), out / f"end.rank{dist.get_rank()}.safetensors")
 again = build(out / "again", HypergradientCallback(**settings), optim="sgd", learning_rate=0.1,
