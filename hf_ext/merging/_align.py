@@ -44,14 +44,40 @@ def align(models: Sequence[Checkpoint], *, untied: bool, dtype_given: bool) -> A
     """
     problems: list[str] = []
     entries = [_with_head(model, models, untied, problems) for model in models]
+    found, mixed = differences([model.label for model in models], entries, dtype_given=dtype_given)
+    problems += [*found, *_kinds(models), *_vocabularies(models)]
+    refuse(problems)
+    return Aligned(sorted(entries[0]), entries, sorted(mixed))
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise the ValueError that lists all problems, where there are any."""
+    if problems:
+        note = ""
+        if any("lacks" in text or "only" in text for text in problems):
+            note = " (versions of a library may name the same tensors differently: save all with one)"
+        raise ValueError(f"the models cannot be merged: {'; '.join(problems)}{note}")
+
+
+def differences(
+    labels: Sequence[str], entries: Sequence[Mapping[str, Entry]], *, dtype_given: bool
+) -> tuple[list[str], set[str]]:
+    """Return how sets of tensors differ from the first one, and the names of those whose float types differ.
+
+    Args:
+        labels: How texts name each set.
+        entries: Each set by output key.
+        dtype_given: Whether float types may differ.
+    """
+    problems: list[str] = []
     reference = entries[0]
     mixed: set[str] = set()
-    for model, own in zip(models[1:], entries[1:], strict=True):
-        problems += _listed(f"{model.label} lacks", [name for name in reference if name not in own])
-        problems += _listed(f"only {model.label} has", [name for name in own if name not in reference])
+    for label, own in zip(labels[1:], entries[1:], strict=True):
+        problems += _listed(f"{label} lacks", [name for name in reference if name not in own])
+        problems += _listed(f"only {label} has", [name for name in own if name not in reference])
         both = [name for name in reference if name in own]
         problems += _listed(
-            f"shapes differ from {models[0].label}'s in {model.label}",
+            f"shapes differ from {labels[0]}'s in {label}",
             [
                 f"{name} {list(own[name].shape)} instead of {list(reference[name].shape)}"
                 for name in both
@@ -64,17 +90,10 @@ def align(models: Sequence[Checkpoint], *, untied: bool, dtype_given: bool) -> A
         refused = [name for name in other if name not in floats or not dtype_given]
         hint = "" if dtype_given else " (set dtype to merge different float types)"
         problems += _listed(
-            f"types differ from {models[0].label}'s in {model.label}{hint}",
+            f"types differ from {labels[0]}'s in {label}{hint}",
             [f"{name} {own[name].dtype} instead of {reference[name].dtype}" for name in refused],
         )
-    problems += _kinds(models)
-    problems += _vocabularies(models)
-    if problems:
-        note = ""
-        if any("lacks" in text or "only" in text for text in problems):
-            note = " (versions of a library may name the same tensors differently: save all with one)"
-        raise ValueError(f"the models cannot be merged: {'; '.join(problems)}{note}")
-    return Aligned(sorted(reference), entries, sorted(mixed))
+    return problems, mixed
 
 
 def _listed(title: str, items: Sequence[str]) -> list[str]:

@@ -179,6 +179,8 @@ class MergeMethod:
     # Whether the base is the first parent, wherever and whether it stands among them.
     base_is_first: ClassVar[bool] = False
     spaces: ClassVar[frozenset[str]] = frozenset(SPACES)
+    # Whether layers of the output may be made of any layers of the models.
+    takes_slices: ClassVar[bool] = False
     # Whether the result is a weighted sum of the operands, so that `coefficients` says all.
     weighted_sum: ClassVar[bool] = False
     # Names of mergekit's for settings of ours, and settings of its that change nothing here.
@@ -208,6 +210,10 @@ class MergeMethod:
 
     def for_space(self: S, space: str) -> S:
         """Return the method with what its settings leave open decided for a space."""
+        return self
+
+    def for_slices(self: S) -> S:
+        """Return the method with what its settings leave open decided for slices of several models."""
         return self
 
     def prepare(self, config: Any, out: Path) -> Any:
@@ -314,6 +320,9 @@ class MergeMethod:
                 raise ValueError(
                     f"{where}: unknown parameter {typed!r} of {cls.info.name}{suggest(typed, known)}"
                 )
+            check(
+                own.name not in fields, typed, value, f"left out beside {own.name.rstrip('_')}", where=where
+            )
             fields[own.name] = value
         return fields
 
@@ -329,14 +338,28 @@ class MergeMethod:
         for name, value in cls.parse(given, where).items():
             rule = "set for all parents together"
             check(bool(fields[name].metadata.get("per_parent")), name.rstrip("_"), value, rule, where=where)
-            try:
-                own[name] = checked(name.rstrip("_"), value, fields[name])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+            own[name] = _checked_at(where, name, value, fields[name])
         return own
 
+    @classmethod
+    def parse_shared(cls, given: Mapping[str, object], where: str) -> dict[str, Setting]:
+        """Return the settings of a slice that may differ between tensors, checked.
+
+        Raises:
+            ValueError: A name is unknown, or a value is outside its range.
+        """
+        fields = {own.name: own for own in dataclasses.fields(cls) if own.metadata.get("setting")}
+        parsed = cls.parse(given, where).items()
+        return {n: _checked_at(where, n, value, fields[n]) for n, value in parsed if n in fields}
+
     def values_for(
-        self, name: str, position: float, parents: Sequence[Mapping[str, Setting]]
+        self,
+        name: str,
+        position: float,
+        parents: Sequence[Mapping[str, Setting]],
+        *,
+        shared: Mapping[str, Setting] = MappingProxyType({}),
+        sources: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Return the value of every setting for one tensor.
 
@@ -344,22 +367,31 @@ class MergeMethod:
             name: The tensor's key.
             position: Its place among the layers.
             parents: The own settings of each operand's parent.
+            shared: The settings of the tensor's slice, after a parent's own and before those of all.
+            sources: The key that each operand has in its model, which filters of settings that parents may
+                have for themselves are compared with; None where it is `name`.
 
         Raises:
             ValueError: No filter of a setting without default fits the name.
         """
         found: dict[str, Any] = {}
+        read = sources or [name] * len(parents)
         for own in dataclasses.fields(self):
             if own.metadata.get("per_parent"):
-                found[own.name] = [self._value(own, name, position, parent) for parent in parents]
+                pairs = zip(read, parents, strict=True)
+                found[own.name] = [self._value(own, key, position, (one, shared)) for key, one in pairs]
             elif own.metadata.get("setting"):
-                found[own.name] = self._value(own, name, position, {})
+                found[own.name] = self._value(own, name, position, (shared,))
         return found
 
     def _value(
-        self, own: dataclasses.Field[Any], name: str, position: float, parent: Mapping[str, Setting]
+        self,
+        own: dataclasses.Field[Any],
+        name: str,
+        position: float,
+        scopes: Sequence[Mapping[str, Setting]],
     ) -> float:
-        candidates = [parent[own.name]] if own.name in parent else []
+        candidates = [scope[own.name] for scope in scopes if own.name in scope]
         candidates.append(getattr(self, own.name))
         for candidate in candidates:
             value = resolve(candidate, name, position)
@@ -368,6 +400,13 @@ class MergeMethod:
         if own.default is dataclasses.MISSING:
             raise ValueError(f"{own.name.rstrip('_')} has no value for {name}: none of its filters fits")
         return own.default
+
+
+def _checked_at(where: str, name: str, value: object, own: dataclasses.Field[Any]) -> Setting:
+    try:
+        return checked(name.rstrip("_"), value, own)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def register_merge(

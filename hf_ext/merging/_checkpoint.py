@@ -7,6 +7,7 @@ memory alone.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -150,6 +151,12 @@ class Checkpoint:
         if not isinstance(content, dict):
             raise ValueError(f"{self.folder / name} must hold a JSON object, got {type(content).__name__}")
         return cast(dict[str, Any], content)
+
+    def view(self, tensors: Mapping[str, Entry]) -> Checkpoint:
+        """Return the checkpoint with some of its tensors, under these names; its files are shared."""
+        found = copy.copy(self)
+        found.tensors = dict(sorted(tensors.items()))
+        return found
 
     # Reading --------------------------------------------------------------------------------------
 

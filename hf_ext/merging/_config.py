@@ -24,11 +24,11 @@ _DTYPES = {
 _METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "dare_linear": ("dare", {"merge": "linear"}),
     "dare_ties": ("dare", {"merge": "ties"}),
+    "passthrough": ("linear", {"normalize": False}),
 }
 # Keys of mergekit's that have no counterpart, with what to do.
 _REFUSED = {
     "modules": "merge the modules' folders one by one",
-    "tokenizer": "vocabularies must be equal; make them so before the merge",
     "chat_template": "the template of the reference is carried over; change it in the output",
 }
 
@@ -49,12 +49,42 @@ class ParentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig(ParentConfig):
+    """One of the models that a slice of the output is made of.
+
+    Args:
+        layer_range: First of its layers, and the layer after the last one.
+    """
+
+    layer_range: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceConfig:
+    """Some layers of the output, one after another, as in mergekit's files.
+
+    Args:
+        sources: What they are made of, layer by layer as whole models are: mappings with the fields of
+            `SourceConfig`, all of as many layers.
+        base_model: The slice's own base; None for the one of all.
+        parameters: The method's settings for this slice; anchors run over its layers.
+    """
+
+    sources: list[Any]
+    base_model: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """What to merge, and how.
 
     Args:
         merge_method: One of `hf-ext list merge`, or mergekit's name for it.
         models: The parents in order: names, or mappings with the fields of `ParentConfig`.
+        slices: Instead of models: what the layers of the output are made of, in order; mappings with the
+            fields of `SliceConfig`. What stands before the layers is made as the first slice is, and what
+            follows them as the last one.
         base_model: What task vectors are taken from; None for methods without a base.
         parameters: The method's settings; each may be a number, anchors over the layers, or a list of
             {filter, value}.
@@ -66,14 +96,13 @@ class MergeConfig:
             parents.
         out_rank: Rank of the merged LoRA in product space; None for the sum of the parents' ranks where
             that is exact.
-        tokenizer_source: Where tokenizer and other side files come from: "base", or one of the models; None
-            for the reference (the base, or the first model).
+        tokenizer_source: Where tokenizer and other side files come from: "base", or one of the models; None,
+            and "union" since vocabularies are equal, for the reference (the base, or the first model).
         exclude: Patterns of tensor names that are copied from the reference.
         max_shard_size: Bytes in an output file, such as "5GB".
         block_bytes: Bytes of an fp32 block of one operand, at least 65536.
         threads: Workers; None for the processors that the process may use, 8 at most.
         seed: Seed of random masks.
-        layers: Number of layers that the models must have; mergekit's slices state it.
 
     Raises:
         ValueError: A field is unknown or outside its range; the text names it.
@@ -81,7 +110,8 @@ class MergeConfig:
     """
 
     merge_method: str
-    models: list[Any]
+    models: list[Any] = field(default_factory=list)
+    slices: list[Any] = field(default_factory=list)
     base_model: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     dtype: str | None = None
@@ -94,7 +124,6 @@ class MergeConfig:
     block_bytes: int = 1 << 20
     threads: int | None = None
     seed: int = 0
-    layers: int | None = None
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -110,13 +139,32 @@ class MergeConfig:
         check(self.block_bytes >= 4 * CHUNK, "block_bytes", self.block_bytes, f"at least {4 * CHUNK}")
         check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
         parse_size("max_shard_size", self.max_shard_size)
-        check(bool(self.models), "models", self.models, "a list of at least one model")
-        parents = [_parent(item, index) for index, item in enumerate(self.models)]
+        check(bool(self.models or self.slices), "models", self.models, "a list of at least one model")
+        check(not (self.models and self.slices), "models", self.models, "left out where slices are given")
+        parents = [_parent(item, f"models[{index}]") for index, item in enumerate(self.models)]
         object.__setattr__(self, "models", parents)
+        object.__setattr__(
+            self, "slices", [_slice(item, f"slices[{i}]") for i, item in enumerate(self.slices)]
+        )
+        if self.slices:
+            takes = self.method_class().takes_slices
+            check(takes, "merge_method", self.merge_method, "one that merges by layer, with slices")
+        if self.merge_method == "passthrough":
+            for where, group in self.groups():
+                check(len(group) == 1, where, [one.model for one in group], "a single one with passthrough")
         # The method's own settings are checked here, before any parent is looked at.
         self.method()
-        for parent in parents:
-            self.method_class().parse_parent(parent.parameters, f"models: {parent.model}")
+        for where, group in self.groups():
+            for parent in group:
+                self.method_class().parse_parent(parent.parameters, f"{where}: {parent.model}")
+        for index, one in enumerate(self.slices):
+            self.method_class().parse_shared(one.parameters, f"slices[{index}].parameters")
+
+    def groups(self) -> list[tuple[str, list[ParentConfig]]]:
+        """Return what is merged together, with its place in the file: all models, or each slice's sources."""
+        if self.slices:
+            return [(f"slices[{index}].sources", one.sources) for index, one in enumerate(self.slices)]
+        return [("models", self.models)]
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any], where: str) -> MergeConfig:
@@ -127,21 +175,18 @@ class MergeConfig:
             TypeError: A value does not have its key's type.
         """
         content = dict(content)
-        if content.get("slices") is not None:
-            content = _without_slices(content, where)
+        _tokenizer(content, where)
         known = {own.name for own in dataclasses.fields(cls)}
         for key, value in list(content.items()):
             if key in _REFUSED and value is not None:
                 raise ValueError(f"{where}: {key} cannot be used here: {_REFUSED[key]}")
-            if key in _REFUSED or (key not in known and value is None and key == "slices"):
+            if key in _REFUSED:
                 del content[key]
             elif key not in known:
                 raise ValueError(f"{where}: unknown field {key!r}{suggest(key, known)}")
-        if "models" not in content and content.get("merge_method") and "base_model" in content:
-            content["models"] = []
-        for key in ("merge_method", "models"):
-            check(key in content, key, None, "given", where=where)
+        check("merge_method" in content, "merge_method", None, "given", where=where)
         content = {key: value for key, value in content.items() if value is not None}
+        check("models" in content or "slices" in content, "models", None, "given", where=where)
         try:
             return cls(**content)
         except (ValueError, TypeError) as error:
@@ -162,24 +207,61 @@ class MergeConfig:
         cls = self.method_class()
         fixed = _METHODS.get(self.merge_method, ("", {}))[1]
         given = cls.parse(self.parameters, "parameters")
+        given |= self._of_all_slices(given)
         twice = sorted(set(fixed) & set(given))
         check(not twice, twice[0] if twice else "", None, f"left out with merge_method {self.merge_method!r}")
         given = {**given, **fixed}
         for own in dataclasses.fields(cls):
-            # A setting that every parent brings for itself needs no common value.
             required = own.default is dataclasses.MISSING and own.default_factory is dataclasses.MISSING
             if required and own.name not in given:
-                # In mergekit's files the base often stands among the models, without parameters.
-                brought = [one.parameters for one in self.models if one.model != self.base_model]
-                each = (
-                    own.metadata.get("per_parent")
-                    and bool(brought)
-                    and all(own.name in cls.parse(one, "parameters") for one in brought)
-                )
+                brought = self._brought(own)
                 name = own.name.rstrip("_")
-                check(bool(each), name, None, "given", where=f"parameters of {self.merge_method}")
-                given[own.name] = _for_no_tensor(cls.parse(brought[0], "parameters")[own.name])
+                check(bool(brought), name, None, "given", where=f"parameters of {self.merge_method}")
+                given[own.name] = _for_no_tensor(brought[0])
         return cls(**given)
+
+    def _brought(self, own: dataclasses.Field[Any]) -> list[Any]:
+        """Return what the slices, or the parents for themselves, give for a setting; nothing if one does not.
+
+        A setting that all of them give needs no common value.
+        """
+        cls, found = self.method_class(), []
+        slices: list[SliceConfig | None] = list(self.slices) or [None]
+        for one, (_, group) in zip(slices, self.groups(), strict=True):
+            shared = {} if one is None else cls.parse(one.parameters, "parameters")
+            base = (one.base_model if one is not None else None) or self.base_model
+            # In mergekit's files the base often stands among the models, without parameters.
+            own_values = [
+                cls.parse(parent.parameters, "parameters") for parent in group if parent.model != base
+            ]
+            if own.name in shared:
+                found.append(shared[own.name])
+            elif own.metadata.get("per_parent") and own_values and all(own.name in one for one in own_values):
+                found.append(own_values[0][own.name])
+            else:
+                return []
+        return found
+
+    def _of_all_slices(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that cannot differ between tensors, as the slices give them.
+
+        Raises:
+            ValueError: Slices give different ones.
+        """
+        cls = self.method_class()
+        slices = [cls.parse(one.parameters, f"slices[{i}].parameters") for i, one in enumerate(self.slices)]
+        found: dict[str, Any] = {}
+        for own in dataclasses.fields(cls):
+            if own.metadata.get("setting") or not any(own.name in one for one in slices):
+                continue
+            otherwise = given.get(own.name, own.default)
+            values = [one.get(own.name, otherwise) for one in slices]
+            name = own.name.rstrip("_")
+            check(
+                all(v == values[0] for v in values), name, values, "the same for all slices", where="slices"
+            )
+            found[own.name] = values[0]
+        return found
 
     def stored_dtype(self) -> str | None:
         """Return the type of the output as safetensors spells it, or None."""
@@ -210,11 +292,16 @@ def read_config(path: str | Path, *, threads: int | None = None) -> MergeConfig:
     )
 
 
-def _parent(item: Any, index: int) -> ParentConfig:
-    where = f"models[{index}]"
-    if isinstance(item, ParentConfig):
+def _parent(item: Any, where: str, kind: type[ParentConfig] = ParentConfig) -> Any:
+    """Return one model of a list as an object of `kind`.
+
+    Raises:
+        ValueError: A field is unknown, or the model is not given; the text names it.
+        TypeError: A value does not have its field's type.
+    """
+    if isinstance(item, kind):
         return item
-    if isinstance(item, str):
+    if isinstance(item, str) and kind is ParentConfig:
         item = {"model": item}
     if not isinstance(item, Mapping):
         raise TypeError(f"{where} must be a name or a mapping with 'model', got {item!r}")
@@ -224,11 +311,53 @@ def _parent(item: Any, index: int) -> ParentConfig:
         path = inner.get("model", inner)
         item = {**item, **(path if isinstance(path, Mapping) else {"path": path})}
         item["model"] = item.pop("path", None)
-    hints = typing.get_type_hints(ParentConfig)
+    hints = typing.get_type_hints(kind)
     given = {key: value for key, value in item.items() if value is not None}
     checked = check_fields(given, hints, where=where)
     check(bool(checked.get("model")), f"{where}.model", item.get("model"), "a folder or a name")
-    return ParentConfig(**cast(dict[str, Any], checked))
+    if kind is SourceConfig:
+        layers = cast("list[int]", checked.get("layer_range") or [])
+        fits = len(layers) == 2 and all(type(one) is int for one in layers) and 0 <= layers[0] < layers[-1]
+        rule = "two whole numbers, the first layer and the one after the last"
+        check(fits, f"{where}.layer_range", item.get("layer_range"), rule)
+        checked["layer_range"] = list(layers)
+    return kind(**cast(dict[str, Any], checked))
+
+
+def _slice(item: Any, where: str) -> SliceConfig:
+    if isinstance(item, SliceConfig):
+        return item
+    if not isinstance(item, Mapping):
+        raise TypeError(f"{where} must be a mapping with 'sources', got {item!r}")
+    given = {key: value for key, value in item.items() if value is not None}
+    checked = cast("dict[str, Any]", check_fields(given, typing.get_type_hints(SliceConfig), where=where))
+    check(
+        bool(checked.get("sources")), f"{where}.sources", item.get("sources"), "a list of at least one model"
+    )
+    sources = [
+        _parent(source, f"{where}.sources[{index}]", SourceConfig)
+        for index, source in enumerate(checked["sources"])
+    ]
+    ranges = [source.layer_range for source in sources]
+    same = len({stop - start for start, stop in ranges}) == 1
+    check(same, f"{where}.sources", ranges, "of layer_ranges of one length")
+    return SliceConfig(**{**checked, "sources": sources})
+
+
+def _tokenizer(content: dict[str, Any], where: str) -> None:
+    """Put mergekit's `tokenizer: {source: ...}` in the place of `tokenizer_source`."""
+    given = content.pop("tokenizer", None)
+    if given is None:
+        return
+    check(isinstance(given, Mapping), "tokenizer", given, "a mapping with 'source'", where=where)
+    further = sorted(key for key, value in given.items() if key != "source" and value not in (None, {}))
+    rule = "made of 'source' alone: the vocabulary stays that of the models"
+    check(not further, "tokenizer", ", ".join(further), rule, where=where)
+    double = content.get("tokenizer_source") is None
+    check(
+        double, "tokenizer_source", content.get("tokenizer_source"), "left out beside tokenizer", where=where
+    )
+    content["tokenizer_source"] = given.get("source") or "union"
 
 
 def split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -250,24 +379,3 @@ def _for_no_tensor(value: Any) -> list[dict[str, Any]]:
     while isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
         value = (value if isinstance(value, dict) else value[0]).get("value")
     return [{"filter": "\0", "value": value}]
-
-
-def _without_slices(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """Turn one slice over all layers of every source into a list of models."""
-    slices = content.pop("slices")
-    rule = "one slice with the same layer_range, from 0 on, of all its sources; layers cannot be recombined"
-    fits = isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict)
-    check(fits and content.get("models") is None, "slices", slices, rule, where=where)
-    only = dict(slices[0])
-    unknown = sorted(set(only) - {"sources", "parameters", "base_model"})
-    check(not unknown, "slices", unknown, "made of sources and parameters", where=where)
-    sources = only.get("sources") or []
-    ranges = [list(source.get("layer_range") or []) for source in sources if isinstance(source, dict)]
-    same = len(ranges) == len(sources) and bool(ranges) and all(r == ranges[0] for r in ranges)
-    check(same and len(ranges[0]) == 2 and ranges[0][0] == 0, "slices", ranges, rule, where=where)
-    models = [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]
-    content.pop("models", None)
-    parameters = {**(content.get("parameters") or {}), **(only.get("parameters") or {})}
-    base = only.get("base_model") or content.get("base_model")
-    whole = {"models": models, "parameters": parameters, "base_model": base, "layers": ranges[0][1]}
-    return {**content, **whole}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -104,6 +104,7 @@ def _short(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = (
         "merge_method",
         "models",
+        "slices",
         "base_model",
         "parameters",
         "dtype",
@@ -118,7 +119,12 @@ def _short(config: Mapping[str, Any]) -> dict[str, Any]:
         if value in (None, {}, []) or (name == "space" and value == "auto"):
             continue
         if name == "models":
-            items = cast("list[dict[str, Any]]", value)
-            value = [{k: v for k, v in item.items() if v not in (None, {})} for item in items]
+            value = _without_empty(value)
+        if name == "slices":
+            value = [{**one, "sources": _without_empty(one["sources"])} for one in _without_empty(value)]
         short[name] = value
     return short
+
+
+def _without_empty(items: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in item.items() if v not in (None, {})} for item in items]

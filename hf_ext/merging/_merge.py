@@ -190,7 +190,7 @@ def _finish(
     """Write all but the weights, and return the manifest."""
     folder = store.model
     kind = dtype_of(task.slot.dtype for task in plan.tasks if task.slot is not None)
-    copy_side_files(plan.parents.side, folder, kind)
+    copy_side_files(plan.parents.side, folder, kind, plan.model_config)
     index = plan.layout.index()
     files = {**(plan.files or {}), **({INDEX: index} if index is not None else {})}
     write_files(folder, {**files, **plan.method.extra_files(engine.states)})

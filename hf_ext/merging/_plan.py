@@ -34,6 +34,7 @@ class Plan:
         tasks: The output tensors in the order of their names.
         whole: Whether blocks are whole tensors, whatever the method says.
         files: Further files of the output, by name.
+        model_config: Content of config.json but the type of the weights; None for that of the side files.
     """
 
     config: MergeConfig
@@ -44,6 +45,7 @@ class Plan:
     tasks: tuple[Task, ...]
     whole: bool = False
     files: Mapping[str, object] | None = None
+    model_config: Mapping[str, Any] | None = None
 
     def fingerprint(self) -> str:
         """Return a digest of all that the output's bytes depend on, and of how they are cut into blocks."""
@@ -72,6 +74,10 @@ def make_plan(config: MergeConfig, method: MergeMethod, parents: Parents) -> Pla
     Raises:
         ValueError: The models cannot be merged so; the text lists why.
     """
+    if parents.slices:
+        from ._slices import plan_slices
+
+        return plan_slices(config, method.for_slices(), parents)
     space = _space(config, method, parents)
     method = method.for_space(space)
     if space in ("product", "merge_into_base"):
@@ -155,12 +161,7 @@ def _aligned(config: MergeConfig, parents: Parents, space: str) -> Aligned:
     side, reference = parents.side, parents.reference
     stored = any(name.endswith("lm_head.weight") for name in reference.tensors)
     untied = not side.config.get("tie_word_embeddings", not stored)
-    aligned = align(_compared(parents), untied=untied, dtype_given=config.stored_dtype() is not None)
-    if config.layers is not None:
-        layers = reference.config.get("num_hidden_layers")
-        rule = f"all layers of the models, [0, {layers}]"
-        check(layers in (None, config.layers), "slices.layer_range", [0, config.layers], rule)
-    return aligned
+    return align(_compared(parents), untied=untied, dtype_given=config.stored_dtype() is not None)
 
 
 def refuse_doubles(dtypes: Mapping[str, str]) -> None:
@@ -237,8 +238,16 @@ def resolved(config: MergeConfig, parents: Parents) -> dict[str, Any]:
     if parents.base is not None and config.base_model is not None:
         labels[config.base_model] = parents.base.label
         asked["base_model"] = parents.base.label
-    for parent in asked["models"]:
-        parent["model"] = labels.get(parent["model"], parent["model"].rstrip("/").rpartition("/")[2])
+    named = [*asked["models"], *(source for one in asked["slices"] for source in one["sources"])]
+    for one in asked["slices"]:
+        if one["base_model"] is not None:
+            one["base_model"] = labels.get(one["base_model"], _short_name(one["base_model"]))
+    for parent in named:
+        parent["model"] = labels.get(parent["model"], _short_name(parent["model"]))
     source = asked["tokenizer_source"]
     asked["tokenizer_source"] = labels.get(source, source) if source else source
     return asked
+
+
+def _short_name(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,16 @@ def _modules(config: dict[str, Any]) -> set[str]:
     return names
 
 
-def copy_side_files(source: Checkpoint, folder: Path, dtype: str | None) -> list[str]:
+def copy_side_files(
+    source: Checkpoint, folder: Path, dtype: str | None, changed: Mapping[str, Any] | None = None
+) -> list[str]:
     """Copy the side files and write config.json with the type of the weights; return their names.
 
     Args:
         source: Where they come from.
         folder: The output.
         dtype: Type of the merged float tensors as safetensors spells it; None where it is mixed.
+        changed: What config.json says instead of the source's; None for that.
 
     Raises:
         OSError: A file cannot be copied.
@@ -69,7 +72,7 @@ def copy_side_files(source: Checkpoint, folder: Path, dtype: str | None) -> list
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / name, target)
     if (source.folder / "config.json").is_file():
-        config = read_json(source.folder / "config.json")
+        config = read_json(source.folder / "config.json") if changed is None else dict(changed)
         if dtype is not None:
             # Older readers know it by its earlier name only; both in one file may not contradict each other.
             keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

@@ -54,6 +54,7 @@ class Dare(TaskVectorMerge):
         normalize: Whether to divide by the sum of the weights (of those that agree, for "ties").
     """
 
+    takes_slices = True
     density: float = setting(rule="above 0 and at most 1", fits=lambda x: 0.0 < x <= 1.0, per_parent=True)
     rescale: str = choice("density", ("density", "l1", "none"))
     merge: str = choice("linear", ("linear", "ties"))

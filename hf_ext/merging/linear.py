@@ -10,6 +10,7 @@ x_1 + sum_{i>1} w_i (x_i - x_1), which is the same number and gives equal models
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -36,6 +37,8 @@ class Linear(MergeMethod):
     """
 
     weighted_sum = True
+    takes_slices = True
+    aliases = MappingProxyType({"scale": "weight"})  # mergekit's name, in passthrough
     weight: float = setting(1.0, per_parent=True)
     normalize: bool = True
 

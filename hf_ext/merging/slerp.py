@@ -48,6 +48,7 @@ class Slerp(MergeMethod):
         extrapolate: Whether t may lie outside [0, 1].
     """
 
+    takes_slices = True
     t: float = setting()
     around_base: bool = False
     extrapolate: bool = False

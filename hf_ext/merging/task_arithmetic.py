@@ -36,6 +36,7 @@ class TaskArithmetic(TaskVectorMerge):
     """
 
     weighted_sum = True
+    takes_slices = True
     normalize: bool = False
 
     def check_models(self, models: Models) -> None:

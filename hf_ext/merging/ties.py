@@ -65,13 +65,14 @@ class Ties(TaskVectorMerge):
     Args:
         density: Share of a task vector's entries that is kept, those of largest magnitude, in (0, 1].
         scope: What entries are ranked against: "global" for the whole model as in the paper, "tensor" for
-            their own tensor; "auto" for global, and for tensor where adapters are merged.
+            their own tensor; "auto" for global, and for tensor where adapters or slices are merged.
         elect: "mass" elects the sign of the weighted sum, "count" that of more entries.
         combine: "mean", "sum" or "max" of the entries that agree; mergekit's normalize true is mean, false
             sum.
         compat: "none", or the implementation whose rules to follow: "reference", "peft", "mergekit".
     """
 
+    takes_slices = True
     density: float = setting(
         0.2, rule="above 0 and at most 1", fits=lambda x: 0.0 < x <= 1.0, per_parent=True
     )
@@ -97,6 +98,11 @@ class Ties(TaskVectorMerge):
         # A and B have different units: their entries cannot be ranked together.
         by_tensor = self.compat in ("peft", "mergekit") or (self.compat == "none" and space != "full")
         return replace(self, scope="tensor" if by_tensor else "global")
+
+    def for_slices(self) -> Ties:
+        # An entry's rank in a model says nothing once layers are left out or repeated.
+        check(self.scope != "global", "scope", self.scope, "'tensor' with slices")
+        return replace(self, scope="tensor")
 
     # Trimming -------------------------------------------------------------------------------------
 

@@ -111,10 +111,6 @@ def test_the_tokenizer_comes_from_where_it_is_asked_for(tmp_path: Path) -> None:
     options = {"tokenizer_source": str(b)}
     merged(tmp_path, "linear", [a, b], options=options)
     assert (tmp_path / "out" / "chat_template.jinja").exists()
-    with pytest.raises(
-        ValueError, match="tokenizer_source must be 'base' or one of the models: vocabularies"
-    ):
-        merged(tmp_path, "linear", [a, b], options={"tokenizer_source": "union"})
     with pytest.raises(ValueError, match="tokenizer_source must be a model, where there is no base_model"):
         merged(tmp_path, "linear", [a, b], options={"tokenizer_source": "base"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,49 @@ def test_a_slerp_file_with_one_slice_is_read_as_models(tmp_path: Path) -> None:
     t = [{"filter": "mlp", "value": [0, 0.5, 1]}, {"value": 0.5}]
     assert equal(tensors_of(tmp_path / "a"), merged(tmp_path, "slerp", models, t=t))
     save_model(models[0], tensors_of(models[0]), {**CONFIG, "num_hidden_layers": 3})
-    with pytest.raises(ValueError, match=r"slices\.layer_range must be all layers of the models, \[0, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"slices must be of models with as many layers as config\.json says, 3"
+    ):
         merge(tmp_path / "merge.yaml", tmp_path / "b", progress=False)
+
+
+def give_tokenizer(model: Path, **tokens: int) -> None:
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "source"),
+    [
+        ({"tokenizer_source": "union"}, "m0"),
+        ({"tokenizer_source": "base"}, "m0"),
+        ({"tokenizer": {}}, "m0"),
+        ({"tokenizer": {"source": "union", "tokens": {}, "pad_to_multiple_of": None}}, "m0"),
+        ({"tokenizer": {"source": "base"}}, "m0"),
+        ({"tokenizer": {"source": "m1"}}, "m1"),
+        ({"tokenizer_source": "m1"}, "m1"),
+    ],
+)
+def test_every_source_of_equal_vocabularies_is_accepted(
+    keys: dict[str, Any], source: str, tmp_path: Path
+) -> None:
+    models = random_models(tmp_path, 2)
+    for model in models:
+        give_tokenizer(model, a=0, b=1)
+        (model / "chat_template.jinja").write_text(model.name)
+    named = json.loads(json.dumps(keys).replace("m1", str(models[1])))
+    content = {
+        "merge_method": "linear",
+        "base_model": str(models[0]),
+        "models": [str(m) for m in models],
+        **named,
+    }
+    merge(content, tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == source
+    give_tokenizer(models[1], a=1, b=0)
+    with pytest.raises(
+        ValueError, match=r"vocabularies of m0 and m1 differ in 2 tokens, such as 'a' \(0 and 1\)"
+    ):
+        merge(content, tmp_path / "other", progress=False)
 
 
 def test_the_first_filter_that_fits_counts() -> None:
@@ -130,11 +172,18 @@ GOOD: dict[str, Any] = {"merge_method": "linear", "models": ["a", "b"]}
         ({"max_shard_size": 10}, "max_shard_size must be a size such as '5GB', at least '1MB', got 10"),
         ({"seed": "many"}, "seed must be int"),
         ({"modules": {"text": {}}}, "modules cannot be used here"),
-        ({"tokenizer": {"source": "union"}}, "tokenizer cannot be used here: vocabularies must be equal"),
-        ({"models": None, "slices": [{"sources": []}, {"sources": []}]}, "slices must be one slice"),
+        ({"tokenizer": "union"}, "tokenizer must be a mapping with 'source', got 'union'"),
         (
-            {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [4, 8]}]}]},
-            "slices must be one slice with the same layer_range, from 0 on",
+            {"tokenizer": {"source": "a", "tokens": {"x": {}}}},
+            "tokenizer must be made of 'source' alone.*tokens",
+        ),
+        (
+            {"tokenizer": {"pad_to_multiple_of": 64}},
+            "tokenizer must be made of 'source' alone.*pad_to_multiple",
+        ),
+        (
+            {"tokenizer": {"source": "a"}, "tokenizer_source": "base"},
+            "tokenizer_source must be left out beside tokenizer",
         ),
     ],
 )
