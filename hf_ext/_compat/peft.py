@@ -31,7 +31,7 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.integrations import gather_params_ctx
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType
 from torch import nn
 
@@ -40,11 +40,13 @@ __all__ = [
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
     "ModuleSnapshot",
     "PeftConfig",
     "PeftType",
+    "adapters_of_wrapper",
     "add_lora_option",
     "add_peft_type",
     "check_adapters_to_merge",
@@ -57,6 +59,11 @@ __all__ = [
 ]
 
 in_out_features = _get_in_out_features
+
+
+def adapters_of_wrapper(module: AuxiliaryTrainingWrapper) -> set[str]:
+    """Return the names of the adapters that a module is trained whole with."""
+    return module._adapters
 
 
 def extend_enum(enum: type[Enum], name: str, value: str) -> Enum:

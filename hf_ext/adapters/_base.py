@@ -11,7 +11,6 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
@@ -45,6 +44,7 @@ from ._injection import (
     register_tuner,
 )
 from ._merging import KeepsOriginal
+from ._mixed_batch import RowNames
 
 T = TypeVar("T")
 LayerT = TypeVar("LayerT", bound="type[AdapterLinear]")
@@ -454,8 +454,15 @@ class AdapterLinear(KeepsOriginal, nn.Module, BaseTunerLayer):
 
     # Forward --------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's output plus that of the active adapters, in the base output's dtype."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: RowNames | None = None, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus that of the active adapters, in the base output's dtype.
+
+        Args:
+            x: (..., in_features).
+            args: What else the base layer takes.
+            adapter_names: The adapter of each row of x, in place of the active ones.
+            kwargs: What else the base layer takes.
+        """
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -464,7 +471,25 @@ class AdapterLinear(KeepsOriginal, nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         else:
             active = [name for name in self.active_adapters if name in self.configs]
+            if adapter_names is not None:
+                groups = adapter_names.groups(len(x), x.device, self.module_name)
+                if len(groups) > 1:
+                    return self._forward_groups(x, groups, *args, **kwargs)
+                active = [name for name in groups if name in self.configs]
         out, apart = self.forward_base(x, active, *args, **kwargs)
+        return self._add(out, x, active, apart)
+
+    def _forward_groups(self, x: Tensor, groups: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output for rows of several adapters, given the indices of each one's rows."""
+        out, _ = self.forward_base(x, [], *args, **kwargs)  # one product with the base for all rows
+        mixed = torch.empty_like(out)
+        for name, rows in groups.items():
+            active = [name] if name in self.configs else []
+            mixed[rows] = self._add(out[rows], x[rows], active, active)
+        return mixed
+
+    def _add(self, out: Tensor, x: Tensor, active: Sequence[str], apart: Sequence[str]) -> Tensor:
+        """Return the base's output plus that of the adapters that are not in it yet."""
         dtype = out.dtype
         for name in apart:
             weight = getattr(self, self.adapter_layer_names[0])[name]
@@ -612,12 +637,6 @@ class AdapterModel(AtomicInjection):
                     dtype is not None and dtype != parameter.dtype
                 ):  # upstream's cast would unfreeze frozen ones
                     parameter.data = parameter.data.to(dtype)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        names = kwargs.get("adapter_names")
-        check(names is None, "adapter_names", names, "None: mixed batches are a feature of PEFT's LoRA only")
-        yield
 
     def adapter_layers(self, adapter_name: str | None = None) -> list[AdapterLinear]:
         """Return the adapted layers in module order; those of one adapter where a name is given."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .._compat.peft import PEFT_TYPE_TO_TUNER_MAPPING, BaseTuner, add_lora_optio
 from ..core.checks import check, refuse_unknown
 from ..core.files import tensor_header
 from ..core.registry import MethodInfo, register
+from ._mixed_batch import BASE, check_names, mixed_batch, repeats_of
 
 __all__ = [
     "AtomicInjection",
@@ -61,6 +63,7 @@ def check_adapter_name(name: str, keys: Iterable[str], own: Iterable[str], prefi
     parts = {part for key in keys for part in key.split(".")} | {*own, "base_layer", "base_model", "model"}
     check(name not in parts, "adapter_name", name, "no part of a module path")
     check(name not in prefix, "adapter_name", name, f"no part of {prefix!r}")
+    check(name != BASE, "adapter_name", name, f"another than {BASE!r}, which names rows without an adapter")
 
 
 def check_checkpoint(wanted: set[str], tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -170,3 +173,38 @@ class AtomicInjection(BaseTuner):
         for name in adapter_names or ():
             if name not in self.peft_config:
                 refuse_unknown("adapter_names", name, self.peft_config)
+
+    def mixed_batch(
+        self, adapter_names: object, args: Sequence[object], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Return a context in which each row of a batch uses the adapter of its name.
+
+        Args:
+            adapter_names: What the user gave.
+            args: Of the forward or of `generate` that runs in it.
+            kwargs: The same.
+
+        Raises:
+            ValueError: They name no adapters, or the model is in training mode or merged.
+        """
+        names = check_names(adapter_names, list(self.peft_config))
+        check(not self.training, "adapter_names", names, "None in training mode: call model.eval() first")
+        layer_class: type = self.tuner_layer_cls
+        layers = [layer for layer in self.model.modules() if isinstance(layer, layer_class)]
+        merged = any(layer.merged_adapters for layer in layers)
+        check(
+            not merged,
+            "adapter_names",
+            names,
+            "None while adapters are merged: call unmerge_adapter first",
+        )
+        return mixed_batch(self.model, layer_class, names, repeats_of(args, kwargs))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+        else:
+            with self.mixed_batch(names, args, kwargs):
+                yield

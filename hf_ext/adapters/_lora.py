@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
@@ -294,6 +295,16 @@ class LoraStartModel(AtomicInjection, LoraModel):
                 if layer.merged_adapters:
                     layer.unmerge()
         return cast(nn.Module, super()._unload_and_optionally_merge(merge, *args, **kwargs))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        with LoraModel._enable_peft_forward_hooks(self, *args, **kwargs):  # for activated LoRA
+            if names is None:
+                yield
+            else:
+                with self.mixed_batch(names, args, kwargs):
+                    yield
 
     def start_layers(self, adapter_name: str) -> dict[str, Any]:
         """Return the layers that carry one adapter, by module path."""

@@ -164,7 +164,6 @@ _PREFIX = "base_model.model."
         "multi_adapter",
         "conv1d",
         "quantized",
-        "mixed_batches",
         "embeddings",
     },
     test_kwargs={"r": 4, "rho": 1.0, "n_tokens": 80},

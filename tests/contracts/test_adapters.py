@@ -370,19 +370,26 @@ def test_several_adapters(info: MethodInfo, tiny_llama: Any, tmp_path: Path) -> 
     assert not any("second" in name for name in adapted.state_dict())
 
 
-@pytest.mark.parametrize("info", methods("adapter", supports={"mixed_batches"}))
+@pytest.mark.parametrize("info", ADAPTERS)
 def test_mixed_batches(info: MethodInfo, tiny_llama: Any) -> None:
     adapted = trained(info, tiny_llama())
-    mixed = adapted.eval()(input_ids=IDS, adapter_names=["default", "__base__"]).logits
-    torch.testing.assert_close(mixed[0], logits(adapted)[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(mixed[1], logits(tiny_llama())[1], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("info", methods("adapter", lacks={"mixed_batches"}))
-def test_mixed_batches_are_refused(info: MethodInfo, tiny_llama: Any) -> None:
-    adapted = adapt(tiny_llama(), settings(info))
-    with pytest.raises(ValueError, match="adapter_names"):
-        adapted(input_ids=IDS, adapter_names=["default", "__base__"])
+    other = {} if "multi_adapter" in info.supports else {"base_mode": info.config.untouched_mode}  # type: ignore
+    adapted.add_adapter("second", settings(info, seed=5, init_weights=False, **other))
+    adapted.eval()
+    names = ["second", "__base__", "default", "second", "default"]
+    batch = {"input_ids": torch.cat([IDS, IDS.flip(0), IDS[:1] + 1])}
+    with torch.no_grad():
+        mixed = adapted(**batch, adapter_names=names).logits
+        alone = {}
+        for name in ("default", "second"):
+            adapted.set_adapter(name)
+            alone[name] = adapted(**batch).logits
+            assert torch.equal(adapted(**batch, adapter_names=[name] * 5).logits, alone[name])
+        with adapted.disable_adapter():
+            alone["__base__"] = adapted(**batch).logits
+    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=1e-5)
+    assert all((alone[name] - mixed).abs().amax((1, 2)).max() > 1e-3 for name in alone)
 
 
 # Merging ------------------------------------------------------------------------------------------

@@ -146,6 +146,9 @@ def test_quantized_base(
     expected = logits(adapted)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), base)
+    with torch.no_grad():
+        mixed = adapted(input_ids=IDS, adapter_names=["__base__", "default"]).logits
+    torch.testing.assert_close(mixed, torch.stack([base[0], expected[1]]), atol=1e-5, rtol=1e-4)
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantize(tiny_llama(hidden_size=128)), tmp_path)
     assert torch.equal(logits(loaded), expected)
