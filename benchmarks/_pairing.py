@@ -5,6 +5,9 @@ that one of them computes at a time. Turns go A B, B A, A B, ...: a drift of the
 falls on both, and who comes first does not decide. A step is the time from one step's beginning to the next
 one's, and so holds the fetching of the next batch, callbacks and logs; the wait is not in it. Both loops are
 given the same random state at each of their steps.
+
+Which loop is built first can matter too: where memory comes to lie, which threads it gets. So the loops are
+built several times, in either order by turns, and each of these builds is a block of pairs.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ class Step:
 
     wall: float
     process: float
+
+
+# The steps of two loops that took turns, pair by pair.
+Block = tuple[list[Step], list[Step]]
 
 
 class Lane(TrainerCallback):
@@ -97,51 +104,73 @@ class Lane(TrainerCallback):
 
 
 def in_turns(
-    first: Callable[[Lane, int], Any], second: Callable[[Lane, int], Any], pairs: int, warm_up: int
-) -> tuple[list[Step], list[Step]]:
-    """Return the steps of two loops that were taken in turns.
+    first: Callable[[Lane, int], Any],
+    second: Callable[[Lane, int], Any],
+    pairs: int,
+    warm_up: int,
+    blocks: int = 1,
+) -> list[Block]:
+    """Return the steps of two loops that were taken in turns, by blocks.
 
     Args:
         first: Given its callback and a number of steps, trains for so many.
         second: As `first`.
-        pairs: Pairs of steps to return.
+        pairs: Pairs of steps of each block to return.
         warm_up: Pairs before them.
+        blocks: Times that both loops are built; in every second one `second` is built first.
     """
-    lanes = [Lane(train, warm_up + pairs) for train in (first, second)]
-    for lane in lanes:
-        lane.start()
-    for pair in range(warm_up + pairs):
-        for lane in lanes if pair % 2 == 0 else reversed(lanes):
-            lane.step()
-    for lane in lanes:
-        lane.finish()
-    return lanes[0].taken[warm_up:], lanes[1].taken[warm_up:]
+    found = []
+    for block in range(blocks):
+        swapped = block % 2 == 1
+        lanes = [Lane(train, warm_up + pairs) for train in ((second, first) if swapped else (first, second))]
+        for lane in lanes:
+            lane.start()
+        for pair in range(warm_up + pairs):
+            for lane in lanes if pair % 2 == 0 else reversed(lanes):
+                lane.step()
+        for lane in lanes:
+            lane.finish()
+        steps = [lane.taken[warm_up:] for lane in (reversed(lanes) if swapped else lanes)]
+        found.append((steps[0], steps[1]))
+    return found
 
 
-def summary(ratios: Sequence[float], draws: int = 4000) -> dict[str, float]:
+def summary(blocks: Sequence[Sequence[float]], draws: int = 2000) -> dict[str, float]:
     """Return the median of paired ratios, their quartiles and a 95 % bootstrap interval of the median.
 
     Args:
-        ratios: At least two.
-        draws: Resamples of the bootstrap (percentile method), with a fixed seed.
+        blocks: Ratios, by the block that they were taken in; at least two in all.
+        draws: Resamples of the bootstrap (percentile method, with a fixed seed). Each draws blocks, and from
+            each of them ratios: what a block's ratios have in common is in the interval.
     """
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = statistics.quantiles([x for block in blocks for x in block], n=4, method="inclusive")
     stream = random.Random(0)
-    medians = sorted(statistics.median(stream.choices(ratios, k=len(ratios))) for _ in range(draws))
+    medians = sorted(
+        statistics.median(
+            x for block in stream.choices(blocks, k=len(blocks)) for x in stream.choices(block, k=len(block))
+        )
+        for _ in range(draws)
+    )
     edges = {"low": medians[int(0.025 * draws)], "high": medians[int(0.975 * draws) - 1]}
     return {"ratio": middle, "ratio_q1": low, "ratio_q3": high, **{f"ratio_{k}": v for k, v in edges.items()}}
 
 
-def compared(plain: Sequence[Step], other: Sequence[Step]) -> dict[str, float]:
+def compared(blocks: Sequence[Block]) -> dict[str, float]:
     """Return the figures of a comparison, by wall time and, with the prefix `process_`, by processor time.
 
     Args:
-        plain: Steps of the loop that is divided by.
-        other: Steps of the other loop, pair by pair.
+        blocks: As `in_turns` returns them: the steps of the loop that is divided by, and of the other.
     """
-    found = {"pairs": float(len(plain)), "seconds": statistics.median(step.wall for step in other)}
+    found = {
+        "pairs": float(sum(len(plain) for plain, _ in blocks)),
+        "blocks": float(len(blocks)),
+        "seconds": statistics.median(step.wall for _, other in blocks for step in other),
+    }
     for prefix, kind in (("", "wall"), ("process_", "process")):
-        ratios = [getattr(b, kind) / getattr(a, kind) for a, b in zip(plain, other, strict=True)]
+        ratios = [
+            [getattr(b, kind) / getattr(a, kind) for a, b in zip(plain, other, strict=True)]
+            for plain, other in blocks
+        ]
         found |= {prefix + name: value for name, value in summary(ratios).items()}
     return found
 

@@ -1,7 +1,7 @@
 """Time of a training step with each callback, as a ratio to the Trainer without one.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 400] [--warm-up 5] [--only NAME,...]
-     [--out docs/assets/callback_step.json]
+Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 60] [--blocks 6] [--warm-up 5]
+     [--only NAME,...] [--out docs/assets/callback_step.json]
 
 The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread. Each callback takes turns with a
 run without one within one process, a step each (`_pairing.py`); the arm "plain" is two runs without one, and
@@ -69,7 +69,8 @@ def training(arm: str, folder: Path) -> Callable[[Lane, int], Any]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=60, help="of steps, in each block")
+    parser.add_argument("--blocks", type=int, default=6, help="times that both loops are built")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--only", help="callbacks to measure, by how their names begin")
     parser.add_argument("--out", type=Path)
@@ -80,7 +81,7 @@ def main() -> None:
     for arm in (name for name in ARMS if name.startswith(starts)):
         with tempfile.TemporaryDirectory() as folder:
             plain, other = (training(which, Path(folder)) for which in (PLAIN, arm))
-            figures = compared(*in_turns(plain, other, options.pairs, options.warm_up))
+            figures = compared(in_turns(plain, other, options.pairs, options.warm_up, options.blocks))
         results[arm] = {**figures, "bar": BAR, "is": decides(figures, BAR)}
         shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in results[arm].items()}
         print(arm, shown, flush=True)

@@ -1,7 +1,7 @@
 """Time of a training step and peak memory of each trainer, as ratios to TRL's trainer that it extends.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/trainer_step.py [--pairs 200] [--warm-up 5] [--only NAME,...]
-     [--no-memory] [--out docs/assets/trainer_step.json]
+Run: OMP_NUM_THREADS=1 python benchmarks/trainer_step.py [--pairs 40] [--blocks 6] [--warm-up 5]
+     [--only NAME,...] [--no-memory] [--out docs/assets/trainer_step.json]
 
 The embedded model, fp32, one thread, settings under which both compute the same, the same batches. Both take
 turns within one process, a step each (`_pairing.py`); the median of the paired ratios is told with its
@@ -107,7 +107,7 @@ PAIRS: dict[str, tuple[Arm, Arm]] = {
             trainers.AlignDistilConfig,
             {**_ON_POLICY, "on_policy": True, "teacher_type": "gkd", "loss_reduction": "token"},
             _prompts,
-            ("dpo_model", "reverse_model"),
+            ("dpo_model",),
         ),
     ),
     "paced_distillation, uniform": (
@@ -179,7 +179,8 @@ def peak(name: str, which: int) -> int:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=40, help="of steps, in each block")
+    parser.add_argument("--blocks", type=int, default=6, help="times that both loops are built")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--only", help="trainers to measure, by how their names begin")
     parser.add_argument("--no-memory", action="store_true")
@@ -194,7 +195,7 @@ def main() -> None:
         parent, ours = PAIRS[name]
         with tempfile.TemporaryDirectory() as folder:
             theirs, own = (training(arm, Path(folder)) for arm in (parent, ours))
-            figures = compared(*in_turns(theirs, own, options.pairs, options.warm_up))
+            figures = compared(in_turns(theirs, own, options.pairs, options.warm_up, options.blocks))
         results[name] = {
             "parent": parent.trainer.__name__,
             **figures,

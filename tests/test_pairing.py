@@ -25,15 +25,18 @@ def loop(log: list[Any], name: str, seconds: float) -> Any:
 
 def test_loops_take_turns_with_the_same_random_state_and_their_own_times() -> None:
     log: list[Any] = []
-    first, second = pairing.in_turns(loop(log, "a", 0.004), loop(log, "b", 0.008), 4, 1)
-    assert [name for name, _, _ in log] == list("abbaabbaabab")
+    blocks = pairing.in_turns(loop(log, "a", 0.004), loop(log, "b", 0.008), 4, 1, blocks=2)
+    # The last turn of each lets the loops end; the second block has b first.
+    assert [name for name, _, _ in log] == list("abbaabbaabab" + "baabbaabbaba")
     drawn = {name: [value for other, _, value in log if other == name] for name in "ab"}
     assert drawn["a"] == drawn["b"]
     assert len(set(drawn["a"])) == 6
-    assert [len(first), len(second)] == [4, 4]
-    for steps, seconds in ((first, 0.004), (second, 0.008)):
-        assert min(step.process for step in steps) >= seconds
-    figures = pairing.compared(first, second)
+    for first, second in blocks:
+        assert [len(first), len(second)] == [4, 4]
+        for steps, seconds in ((first, 0.004), (second, 0.008)):
+            assert min(step.process for step in steps) >= seconds
+    figures = pairing.compared(blocks)
+    assert (figures["pairs"], figures["blocks"]) == (8, 2)
     assert 1.2 < figures["process_ratio"] < 2.5
 
 
@@ -47,14 +50,17 @@ def test_an_error_in_a_loop_is_raised() -> None:
 
 
 def test_figures_of_ratios_by_hand() -> None:
-    figures = pairing.summary([1.0, 1.1, 1.2, 1.3, 9.0])
+    figures = pairing.summary([[1.0, 1.1, 1.2, 1.3, 9.0]])
     assert figures["ratio"] == pytest.approx(1.2)
     assert (figures["ratio_q1"], figures["ratio_q3"]) == pytest.approx((1.1, 1.3))
     # The median of five draws is the largest with probability P(Bin(5, 1/5) >= 3) = 0.058, the smallest too.
     assert (figures["ratio_low"], figures["ratio_high"]) == (1.0, 9.0)
-    many = pairing.summary([1.0 + 0.01 * (i % 11 - 5) for i in range(440)])
+    many = pairing.summary([[1.0 + 0.01 * (i % 11 - 5) for i in range(440)]])
     assert many["ratio"] == pytest.approx(1.0)
     assert 0.99 <= many["ratio_low"] <= 1.0 <= many["ratio_high"] <= 1.01
+    # Blocks that differ as wholes leave the median open, however many pairs they have.
+    apart = pairing.summary([[1.0] * 200, [1.2] * 200])
+    assert (apart["ratio_low"], apart["ratio_high"]) == (1.0, 1.2)
     assert pairing.decides({"process_ratio_low": 0.99, "process_ratio_high": 1.01}, 1.02) == "below"
     assert pairing.decides({"process_ratio_low": 1.03, "process_ratio_high": 1.05}, 1.02) == "above"
     assert pairing.decides({"process_ratio_low": 1.01, "process_ratio_high": 1.03}, 1.02) == "open"
