@@ -11,6 +11,7 @@ import contextlib
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from ..core import dist
-from ..core.checks import check
+from ..core.checks import check, check_choice
 from ._base import Callback, Run
 
+AVERAGE = "average."  # prefix of the average's tensors in a checkpoint
 LARGE = 2**30  # bytes of buffers that are worth a warning
 
 
@@ -36,17 +38,24 @@ class AveragedWeightsCallback(Callback):
         params: Pattern that is searched for in the names of the tensors to average; None for all that train.
         use_for_eval: Whether evaluations during the run are of the average.
         replace_weights: Whether the average is in the model after the run.
+        best_from: With `load_best_model_at_end`: "average" for the average of the checkpoint whose evaluation
+            was the best, or "raw" for what the Trainer loads, which needs both settings above to be False.
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"final_weights"})
-    may_change: ClassVar[frozenset[str]] = frozenset({"use_for_eval", "replace_weights"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"use_for_eval", "replace_weights", "best_from"})
 
     params: str | None = None
     use_for_eval: bool = True
     replace_weights: bool = True
+    best_from: str = "raw"
 
     def validate(self) -> None:
-        """Check the pattern."""
+        """Check the pattern, and what is loaded at the end."""
+        check_choice("best_from", self.best_from, ("average", "raw"))
+        averages = self.use_for_eval and self.replace_weights
+        rule = "'raw' unless evaluations and the model after the run are of the average"
+        check(averages or self.best_from == "raw", "best_from", self.best_from, rule)
         if self.params is not None:
             try:
                 re.compile(self.params)
@@ -92,16 +101,21 @@ class AveragedWeightsCallback(Callback):
         rule = "the name of some trainable tensor, or a part of it"
         check(bool(self._trained()), "params", self.params, rule)
 
-    def check_best(self, run: Run, unless: str = "") -> None:
-        """Refuse that the Trainer loads raw weights at the end, or by what the average's evaluations chose.
-
-        Args:
-            run: The run.
-            unless: What would be right, for the error.
-        """
-        keeps = not (run.args.load_best_model_at_end and (self.use_for_eval or self.replace_weights))
-        rule = f"False with {type(self).__name__}: it would load raw weights, by the average's evaluations"
-        check(keeps, "load_best_model_at_end", True, rule + unless)
+    def check_best(self, run: Run) -> None:
+        """Refuse a best checkpoint that would be of other weights than those that were evaluated."""
+        loads = run.args.load_best_model_at_end
+        if self.best_from == "raw":
+            name = type(self).__name__
+            rule = f"False with {name}, which would load raw weights by the average's evaluations"
+            keeps = not (loads and (self.use_for_eval or self.replace_weights))
+            check(keeps, "load_best_model_at_end", True, f"{rule}; or set best_from='average'")
+            return
+        check(loads, "load_best_model_at_end", False, "True with best_from='average'")
+        best = run.state.best_model_checkpoint
+        if best is not None:  # of the run that is resumed; better to know before than after it
+            rule = "'raw' where the best checkpoint so far was made without this callback"
+            known = (Path(best) / f"{self.file_name()}.json").is_file()
+            check(known, "best_from", self.best_from, rule, where=best)
 
     def averaged(self) -> Mapping[str, Tensor]:
         """Return what takes the place of the weights, by name; empty where there is no average yet."""
@@ -115,8 +129,15 @@ class AveragedWeightsCallback(Callback):
         """Return by name the tensors of the model that `write_averaged` may change."""
         return self._trained()
 
+    def take_average(self, state: Mapping[str, Any]) -> None:
+        """Take the average of a checkpoint's state; a method that keeps it otherwise overrides this."""
+        self._average = self.scattered(AVERAGE, state)
+
     def finish(self, run: Run) -> None:
-        """Put the average in the place of the weights."""
+        """Put the average in the place of the weights: that of the best checkpoint, where it is asked for."""
+        best = run.state.best_model_checkpoint if self.best_from == "average" else None
+        if best is not None:  # its raw weights are in the model; tensors that are not averaged stay those
+            self.take_average(self.read_state(Path(best)))
         values = self.averaged() if self.replace_weights else {}
         if values:
             self.write_averaged(values)

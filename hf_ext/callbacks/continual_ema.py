@@ -21,8 +21,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -32,13 +31,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core import dist
 from ..core.checks import check, check_choice
-from ._averaged_weights import LARGE, AveragedWeightsCallback, copied, local
+from ._averaged_weights import AVERAGE, LARGE, AveragedWeightsCallback, copied, local
 from ._base import Neutral, Run, register_callback
 from ._task_router import TfidfRouter
 
 __all__ = ["ContinualEMACallback", "TfidfRouter", "ema_coefficient"]
 
-AVERAGE, GRADIENT = "average.", "gradient."
+GRADIENT = "gradient."
 COMPARED_EVERY = 1000  # updates
 
 
@@ -79,9 +78,9 @@ def ema_coefficient(
         {"role": "both"},
         {"init": "never"},
         {"params": "("},
-        {"best_from": "average"},
-        {"use_for_eval": False, "best_from": "ema"},
-        {"replace_weights": False, "best_from": "ema"},
+        {"best_from": "ema"},
+        {"use_for_eval": False, "best_from": "average"},
+        {"replace_weights": False, "best_from": "average"},
     ),
 )
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -105,11 +104,9 @@ class ContinualEMACallback(AveragedWeightsCallback):
         params: Pattern that is searched for in the names of the tensors to average; None for all that train.
         use_for_eval: Whether evaluations during the run are of the average.
         replace_weights: Whether the average is in the model after the run.
-        best_from: With `load_best_model_at_end`: "ema" for the average of the checkpoint whose evaluation was
-            the best, or "raw" for what the Trainer loads, which needs both settings above to be False.
+        best_from: With `load_best_model_at_end`: "average" for the average of the checkpoint whose evaluation
+            was the best, or "raw" for what the Trainer loads, which needs both settings above to be False.
     """
-
-    may_change: ClassVar[frozenset[str]] = AveragedWeightsCallback.may_change | {"best_from"}
 
     coefficient: str | float = "auto"
     fallback: float = 0.01
@@ -117,7 +114,6 @@ class ContinualEMACallback(AveragedWeightsCallback):
     scope: str = "tensor"
     role: str = "new"
     init: str = "before"
-    best_from: str = "raw"
 
     def validate(self) -> None:
         """Check the settings."""
@@ -130,10 +126,6 @@ class ContinualEMACallback(AveragedWeightsCallback):
         check_choice("role", self.role, ("new", "old"))
         check(self.role == "new" or self.factor == 2.0, "factor", self.factor, "left out for role='old'")
         check_choice("init", self.init, ("before", "after"))
-        check_choice("best_from", self.best_from, ("ema", "raw"))
-        averages = self.use_for_eval and self.replace_weights
-        rule = "'raw' unless evaluations and the model after the run are of the average"
-        check(averages or self.best_from == "raw", "best_from", self.best_from, rule)
         super().validate()
 
     def reset(self) -> None:
@@ -162,30 +154,11 @@ class ContinualEMACallback(AveragedWeightsCallback):
                 stacklevel=2,
             )
         if self._saved is not None:
-            self._average = self.scattered(AVERAGE, self._saved)
+            self.take_average(self._saved)
             self._gradient = self.scattered(GRADIENT, self._saved)
             self._saved = None
         elif self.init == "before":
             self._average = {name: copied(parameter) for name, parameter in found.items()}
-
-    def check_best(self, run: Run, unless: str = "; or set best_from='ema'") -> None:
-        """Refuse a best checkpoint that would be of other weights than those that were evaluated."""
-        if self.best_from == "raw":
-            super().check_best(run, unless)
-            return
-        check(run.args.load_best_model_at_end, "load_best_model_at_end", False, "True with best_from='ema'")
-        best = run.state.best_model_checkpoint
-        if best is not None:  # of the run that is resumed; better to know before than after it
-            rule = "'raw' where the best checkpoint so far was made without this callback"
-            known = (Path(best) / f"{self.file_name()}.json").is_file()
-            check(known, "best_from", self.best_from, rule, where=best)
-
-    def finish(self, run: Run) -> None:
-        """Put the average in the place of the weights: that of the best checkpoint, where it is asked for."""
-        best = run.state.best_model_checkpoint if self.best_from == "ema" else None
-        if best is not None:  # its raw weights are in the model; tensors that are not averaged stay those
-            self._average = self.scattered(AVERAGE, self.read_state(Path(best)))
-        super().finish(run)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

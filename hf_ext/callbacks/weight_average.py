@@ -31,13 +31,13 @@ from ..core import dist
 from ..core.batch_norm import MEAN, VARIANCE, batch_norms
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
-from ._averaged_weights import LARGE, AveragedWeightsCallback, copied, local, write
+from ._averaged_weights import AVERAGE, LARGE, AveragedWeightsCallback, copied, local, write
 from ._base import Neutral, Run, register_callback
 from ._recalibration import recalibrate
 
 __all__ = ["WeightAverageCallback"]
 
-AVERAGE, SAMPLE = "average.", "sample."
+SAMPLE = "sample."
 START = {"ema": 0.0, "swa": 0.75, "lawa": 0.0}
 
 
@@ -61,6 +61,9 @@ START = {"ema": 0.0, "swa": 0.75, "lawa": 0.0}
         {"bn": "batch"},
         {"bn_batches": 0},
         {"params": "("},
+        {"best_from": "ema"},
+        {"use_for_eval": False, "best_from": "average"},
+        {"replace_weights": False, "best_from": "average"},
     ),
     variants=(
         Variant(name="swa", test_kwargs={"method": "swa", "start": 0.3}),
@@ -97,6 +100,8 @@ class WeightAverageCallback(AveragedWeightsCallback):
         params: Pattern that is searched for in the names of the tensors to average; None for all that train.
         use_for_eval: Whether evaluations during the run are of the average.
         replace_weights: Whether the average is in the model after the run.
+        best_from: With `load_best_model_at_end`: "average" for the average of the checkpoint whose evaluation
+            was the best, or "raw" for what the Trainer loads, which needs both settings above to be False.
     """
 
     method: str = "ema"
@@ -164,11 +169,7 @@ class WeightAverageCallback(AveragedWeightsCallback):
         if size >= LARGE:
             warnings.warn(f"weight_average keeps up to {size / 2**30:.1f} GiB of weights", stacklevel=2)
         if self._saved is not None:
-            self._average = self.scattered(AVERAGE, self._saved)
-            count = min(self._taken, self.last) if self.method == "lawa" else 0
-            for number in range(count):
-                sample = self.scattered(f"{SAMPLE}{number}.", self._saved)
-                self._samples.append({name: value.cpu() for name, value in sample.items()})
+            self.take_average(self._saved)
             self._saved = None
         elif self.method == "ema" and run.state.global_step >= self._first:
             self._begin_ema()
@@ -178,6 +179,16 @@ class WeightAverageCallback(AveragedWeightsCallback):
         if self.bias_correction:
             values = {name: torch.zeros_like(value) for name, value in values.items()}
         self._average = values
+
+    def take_average(self, state: Mapping[str, Any]) -> None:
+        """Take a checkpoint's average, or its samples, and their counts."""
+        super().take_average(state)
+        self._taken, self._left = state["taken"], state["left"]
+        samples = [
+            self.scattered(f"{SAMPLE}{number}.", state)
+            for number in range(min(self._taken, self.last) if self.method == "lawa" else 0)
+        ]
+        self._samples = [{name: value.cpu() for name, value in sample.items()} for sample in samples]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -308,7 +319,6 @@ class WeightAverageCallback(AveragedWeightsCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keep a checkpoint's state until the model is seen."""
         self._saved = state
-        self._taken, self._left = state["taken"], state["left"]
 
 
 def _mean(samples: list[dict[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -154,3 +154,20 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+class Bumpy:
+    """Report losses that are the lowest in the middle of a run, whatever the model."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.seen = trainer, []
+        self.evaluate, trainer.evaluation_loop = trainer.evaluation_loop, self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.evaluate(*args, **kwargs)
+        self.seen.append(parameters(self.trainer))
+        step = self.trainer.state.global_step
+        return found._replace(metrics={**found.metrics, "eval_loss": abs(step - MIDDLE) + 1.0})
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

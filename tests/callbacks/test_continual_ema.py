@@ -17,7 +17,19 @@ import hf_ext
 from hf_ext.callbacks import ContinualEMACallback, TfidfRouter, ema_coefficient
 from hf_ext.callbacks._base import Run
 from hf_ext.core.state import load_state
-from tests.callbacks.runs import MIDDLE, STEPS, StopAt, build, equal, logged, parameters, rows, tiny_model
+from tests.callbacks.runs import (
+    BEST,
+    MIDDLE,
+    STEPS,
+    Bumpy,
+    StopAt,
+    build,
+    equal,
+    logged,
+    parameters,
+    rows,
+    tiny_model,
+)
 from tests.reference import continual_ema as reference
 
 
@@ -404,36 +416,19 @@ def test_an_adapter_alone_is_averaged(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_refused(tmp_path: Path) -> None:
     best = {**EVALUATED, "save_strategy": "steps", "save_steps": 5, "load_best_model_at_end": True}
-    with pytest.raises(ValueError, match=r"must be False with ContinualEMACallback.*best_from='ema'"):
+    with pytest.raises(ValueError, match=r"must be False with ContinualEMACallback.*best_from='average'"):
         build(tmp_path, ContinualEMACallback(), **best).train()
     with pytest.raises(ValueError, match="load_best_model_at_end"):
         build(tmp_path, ContinualEMACallback(use_for_eval=False), **best).train()
     build(tmp_path, ContinualEMACallback(use_for_eval=False, replace_weights=False), **best).train()
 
 
-class Bumpy:
-    """Report losses that are the lowest in the middle of a run, whatever the model."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.seen = trainer, []
-        self.evaluate, trainer.evaluation_loop = trainer.evaluation_loop, self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.evaluate(*args, **kwargs)
-        self.seen.append(parameters(self.trainer))
-        step = self.trainer.state.global_step
-        return found._replace(metrics={**found.metrics, "eval_loss": abs(step - MIDDLE) + 1.0})
-
-
-BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-
-
-@pytest.mark.parametrize("choice", ["ema", "raw"])
+@pytest.mark.parametrize("choice", ["average", "raw"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_best_checkpoint_s_average_or_raw_weights(choice: str, lora: bool, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    ema = choice == "ema"
+    ema = choice == "average"
     callback = ContinualEMACallback(
         coefficient=0.3, use_for_eval=ema, replace_weights=ema, best_from=choice, params=r"q_proj|norm"
     )
@@ -448,8 +443,8 @@ def test_the_best_checkpoint_s_average_or_raw_weights(choice: str, lora: bool, t
     best = tmp_path / f"checkpoint-{MIDDLE}"
     assert Path(trainer.state.best_model_checkpoint or "") == best
     after = parameters(trainer)
-    # In evaluations the average is in the model with "ema", and the raw weights without: either way what has
-    # been evaluated is the averaged tensors of the best model; the others are the best checkpoint's own.
+    # In evaluations the average is in the model with "average", and the raw weights without: either way what
+    # has been evaluated is the averaged tensors of the best model; the others are the best checkpoint's own.
     assert equal(after, bumpy.seen[MIDDLE - 1])
     assert not equal(after, bumpy.seen[-1])
     raw = tiny_model()
@@ -471,18 +466,20 @@ def test_the_best_checkpoint_s_average_or_raw_weights(choice: str, lora: bool, t
 
 
 def test_a_resumed_run_takes_the_best_average_of_before(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"load_best_model_at_end": True, **BEST}
     ends = []
     for name in ("whole", "cut"):
-        trainer = build(
-            tmp_path / name, ContinualEMACallback(best_from="ema"), load_best_model_at_end=True, **BEST
-        )
+        trainer = build(tmp_path / name, ContinualEMACallback(best_from="average"), **options)
         Bumpy(trainer)
         if name == "cut":
             trainer.add_callback(StopAt(7))
             with pytest.raises(InterruptedError):
                 trainer.train()
             trainer = build(
-                tmp_path / name, ContinualEMACallback(best_from="ema"), load_best_model_at_end=True, **BEST
+                tmp_path / name,
+                ContinualEMACallback(best_from="average"),
+                load_best_model_at_end=True,
+                **BEST,
             )
             Bumpy(trainer)
             trainer.train(resume_from_checkpoint=True)
@@ -493,13 +490,17 @@ def test_a_resumed_run_takes_the_best_average_of_before(tmp_path: Path) -> None:
 
 
 def test_a_best_average_is_refused_where_there_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="load_best_model_at_end must be True with best_from='ema'"):
-        build(tmp_path, ContinualEMACallback(best_from="ema"), **BEST).train()
+    with pytest.raises(ValueError, match="load_best_model_at_end must be True with best_from='average'"):
+        build(tmp_path, ContinualEMACallback(best_from="average"), **BEST).train()
     trainer = build(tmp_path, load_best_model_at_end=True, **BEST)
     Bumpy(trainer)
     trainer.train()
     late = build(
-        tmp_path, ContinualEMACallback(best_from="ema"), load_best_model_at_end=True, max_steps=12, **BEST
+        tmp_path,
+        ContinualEMACallback(best_from="average"),
+        load_best_model_at_end=True,
+        max_steps=12,
+        **BEST,
     )
     with pytest.raises(ValueError, match=r"best_from must be 'raw' where the best .*checkpoint-5\)"):
         late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))

@@ -47,7 +47,7 @@ def run(folder: Path, *, evaluates: bool, sharded: bool, best: bool = False) -> 
     batch = 2 if sharded else 4
     trainer: Any = build(
         folder,
-        ContinualEMACallback(fallback=0.2, best_from="ema" if best else "raw"),
+        ContinualEMACallback(fallback=0.2, best_from="average" if best else "raw"),
         prepare=_switch_fsdp_on if sharded else lambda _: None,
         per_device_train_batch_size=batch,
         adam_epsilon=0.1,

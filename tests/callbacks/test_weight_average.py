@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from hf_ext.callbacks import WeightAverageCallback
 from hf_ext.callbacks._base import Run
 from hf_ext.core.state import load_state
-from tests.callbacks.runs import MIDDLE, STEPS, StopAt, build, equal, logged, parameters
+from tests.callbacks.runs import BEST, MIDDLE, STEPS, Bumpy, StopAt, build, equal, logged, parameters
 from tests.reference import weight_average as reference
 
 
@@ -258,9 +258,42 @@ def test_resumed_with_evaluations(settings: dict[str, Any], tmp_path: Path) -> N
     assert equal(parameters(resumed), parameters(whole))
 
 
+@pytest.mark.parametrize("settings", [{"decay": 0.8}, {"method": "lawa", "every": 1, "last": 3}])
+def test_the_best_checkpoint_s_average(settings: dict[str, Any], tmp_path: Path) -> None:
+    ends = []
+    for name in ("whole", "cut"):
+        trainer = build(
+            tmp_path / name,
+            WeightAverageCallback(best_from="average", **settings),
+            load_best_model_at_end=True,
+            **BEST,
+        )
+        bumpy = Bumpy(trainer)
+        if name == "whole":
+            trainer.train()
+            assert equal(parameters(trainer), bumpy.seen[MIDDLE - 1])
+            assert not equal(parameters(trainer), bumpy.seen[-1])
+        else:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{MIDDLE + 2}"))
+        ends.append(parameters(trainer))
+    assert equal(*ends)
+    # The weights themselves are another model than their average.
+    raw = load_file(tmp_path / "whole" / f"checkpoint-{MIDDLE}" / "model.safetensors")
+    assert not all(torch.equal(value, ends[0][name]) for name, value in raw.items())
+
+
+def test_the_best_checkpoint_before_the_first_sample(tmp_path: Path) -> None:
+    callback = WeightAverageCallback(method="swa", start=0.8, every=1, best_from="average")
+    trainer = build(tmp_path, callback, load_best_model_at_end=True, **BEST)
+    bumpy = Bumpy(trainer)
+    trainer.train()
+    assert callback._first > MIDDLE
+    assert equal(parameters(trainer), bumpy.seen[MIDDLE - 1])  # then the raw weights were evaluated
+
+
 def test_refusals(tmp_path: Path) -> None:
     best = {**EVALUATED, "save_strategy": "steps", "save_steps": 5, "load_best_model_at_end": True}
-    with pytest.raises(ValueError, match="load_best_model_at_end must be False with WeightAverageCallback"):
+    with pytest.raises(ValueError, match=r"must be False with WeightAverageCallback.*best_from='average'"):
         build(tmp_path, WeightAverageCallback(), **best).train()
     with pytest.raises(ValueError, match="evaluates the averaged weights"):
         build(tmp_path, WeightAverageCallback(), attach=False, **EVALUATED)
