@@ -312,6 +312,9 @@ def _search(
     check(len(folders) >= 2, "checkpoints", [str(folder) for folder in folders], "at least two")
     if scored is None:
         scored, holdout = _metrics(method, method.metric, method.data, method.holdout_metric, folders)
+    if method.workers > method.generation:
+        at_once = f"{method.generation} of {method.workers} have something to do at a time"
+        warnings.warn(f"workers: {at_once}; raise generation", stacklevel=3)
     sign = -1.0 if method.greater_is_better else 1.0
     own = Candidates(folders, model, in_memory=in_memory)
     try:

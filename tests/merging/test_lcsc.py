@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import itertools
 import json
 import math
+import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +20,7 @@ import torch
 import yaml
 from torch import nn
 
-from hf_ext.merging import Lcsc, lcsc_search, merge
+from hf_ext.merging import Lcsc, LcscResult, lcsc_search, merge
 from hf_ext.merging._candidates import Candidates, EvaluationLoss, evaluation_losses
 from hf_ext.merging._evolution import Evolution, Member, starts
 from tests.conftest import ModelFactory
@@ -333,41 +336,129 @@ def test_ray_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.
         search(folders, 1.5, workers=2)
 
 
-def test_actors_give_the_result_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls that are made of Ray, on a stand-in; Ray itself is not among the test's packages."""
-    stand_in = types.ModuleType("ray")
-    stand_in.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put the calls that are made of Ray in its place, and return what is called; Ray is no test package."""
+    module: Any = types.ModuleType("ray")
+    module.__spec__ = importlib.machinery.ModuleSpec("ray", None)
     events: list[str] = []
 
-    class Method:
-        def __init__(self, call: Callable[..., Any]) -> None:
-            self.call = call
+    class TaskError(Exception):
+        def __init__(self, cause: Exception) -> None:
+            self.cause = cause
 
-        def remote(self, *arguments: Any) -> Any:
-            return ("future", self.call(*arguments))
+    class ActorError(Exception):
+        pass
+
+    def future(call: Callable[..., Any]) -> Any:
+        def remote(*arguments: Any) -> Callable[[], Any]:
+            def get() -> Any:
+                try:
+                    return call(*arguments)
+                except ConnectionError as error:
+                    raise ActorError("the process has ended") from error
+                except Exception as error:
+                    raise TaskError(error) from error
+
+            return get
+
+        return types.SimpleNamespace(remote=remote)
 
     class Remote:
         def __init__(self, cls: type) -> None:
             self.cls = cls
 
+        def options(self, **options: Any) -> Remote:
+            events.append(f"{options}")
+            return self
+
         def remote(self, *arguments: Any) -> Any:
             events.append("actor")
-            return types.SimpleNamespace(score=Method(self.cls(*arguments).score))
+            return types.SimpleNamespace(score=future(self.cls(*arguments).score))
 
-    stand_in.is_initialized = lambda: False  # type: ignore[attr-defined]
-    stand_in.init = lambda: events.append("init")  # type: ignore[attr-defined]
-    stand_in.remote = Remote  # type: ignore[attr-defined]
-    stand_in.get = lambda future: future[1]  # type: ignore[attr-defined]
-    stand_in.kill = lambda actor: events.append("kill")  # type: ignore[attr-defined]
-    stand_in.shutdown = lambda: events.append("shutdown")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    module.is_initialized = lambda: False
+    module.init = lambda: events.append("init")
+    module.put = lambda value: lambda: value
+    module.remote = Remote
+    module.get = lambda reference: reference()
+    module.kill = lambda actor: events.append("kill")
+    module.shutdown = lambda: events.append("shutdown")
+    module.exceptions = types.SimpleNamespace(RayTaskError=TaskError, RayActorError=ActorError)
+    monkeypatch.setitem(sys.modules, "ray", module)
+    return events
+
+
+def test_actors_give_the_result_of_one_process(tmp_path: Path, stand_in: list[str]) -> None:
     folders = scalar_run(tmp_path / "run", 0.0, 1.0, 4.0)
     state = tmp_path / "state.json"
     alone = search(folders, 3.0, iterations=20, generation=4, state=state)
     assert search(folders, 3.0, iterations=20, generation=4, workers=2) == alone
-    assert events == ["init", "actor", "actor", "kill", "kill", "shutdown"]
+    again = "{'max_restarts': 3, 'max_task_retries': 3}"
+    assert stand_in == ["init", again, "actor", "actor", "kill", "kill", "shutdown"]
     # The number of workers is not part of a search: its state is gone on with.
     assert search(folders, 3.0, iterations=20, generation=4, workers=3, state=state) == alone
+    with pytest.warns(UserWarning, match="workers: 1 of 2 have something to do at a time; raise generation"):
+        search(folders, 3.0, iterations=1, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("raised", "wanted", "match"),
+    [
+        (KeyError("the metric"), KeyError, "the metric"),
+        (
+            ConnectionError(),
+            RuntimeError,
+            "a Ray worker could not be started, or has died more than 3 times: the",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["metric", "process", "user"],
+)
+def test_what_goes_wrong_in_an_actor_is_told_and_nothing_is_left(
+    raised: BaseException, wanted: type[BaseException], match: str | None, tmp_path: Path, stand_in: list[str]
+) -> None:
+    folders = scalar_run(tmp_path / "run", 0.0, 1.0, 4.0)
+    calls: list[int] = []
+
+    def evaluate(model: Any) -> float:
+        calls.append(1)
+        if len(calls) == 6:  # the first two look whether the metric is the same twice
+            raise raised
+        return distance(3.0)(model)
+
+    def run() -> LcscResult:
+        keys: dict[str, Any] = {"iterations": 20, "generation": 4, "progress": False}
+        return lcsc_search(folders, evaluate, model=Scalar(), workers=2, state=tmp_path / "s.json", **keys)
+
+    with pytest.raises(wanted, match=match):
+        run()
+    assert stand_in[-3:] == ["kill", "kill", "shutdown"]
+    assert len(json.loads((tmp_path / "s.json").read_text())["evaluations"]) == 3
+    assert run() == search(folders, 3.0, iterations=20, generation=4)
+
+
+def dies_once(model: Any) -> float:
+    """Return the distance to 3, but end the first process other than the test's that asks."""
+    place, own = os.environ["HF_EXT_TEST_RAY"].split(";")
+    if str(os.getpid()) != own:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(place, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+    return distance(3.0)(model)
+
+
+def test_ray_itself_starts_a_worker_again_that_has_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "ray", reason="Ray is an extra of its own; tried by hand with the release the page names"
+    )
+    monkeypatch.setenv("HF_EXT_TEST_RAY", f"{tmp_path / 'died'};{os.getpid()}")
+    folders = scalar_run(tmp_path / "run", 0.0, 1.0, 4.0)
+    settings: dict[str, Any] = {"iterations": 12, "generation": 4, "progress": False}
+    found = lcsc_search(folders, dies_once, model=Scalar(), workers=2, **settings)
+    assert (tmp_path / "died").exists()
+    assert found == search(folders, 3.0, iterations=12, generation=4)
 
 
 # Refusals -----------------------------------------------------------------------------------------
