@@ -460,7 +460,7 @@ def test_files_that_say_no_slices_are_refused_by_name(change: dict[str, Any], ma
         ),
         ({"layers": [0, 3]}, r"slices\[1\]\.sources\[1\]: unknown field 'layers'"),
         ({"model": None}, r"slices\[1\]\.sources\[1\]\.model must be a folder or a name"),
-        ({"parameters": {"wieght": 1}}, r"slices\[1\]\.sources: .*unknown parameter 'wieght'"),
+        ({"parameters": {"weightt": 1}}, r"slices\[1\]\.sources: .*unknown parameter 'weightt'"),
         ({"parameters": {"normalize": True}}, "normalize must be set for all parents together"),
     ],
 )
