@@ -23,8 +23,10 @@ from ._parents import Parent, Parents, Slice
 from ._plan import Plan, refuse_doubles
 
 _LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.+)$")
-_BEFORE = re.compile(r"(^|[._])(embed\w*|\w*embeddings?\w*|wte|wpe)([._]|$)")
-_AFTER = re.compile(r"(^|\.)(lm_head|embed_out|output|score|classifier|norm|ln_f|final_\w*norm|\w*norm_f)\.")
+_BEFORE = re.compile(r"(^|[._])(?!embed_out\b|embedding_norm\b)(embed\w*|\w*embeddings?\w*|wte|wpe)([._]|$)")
+_AFTER = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|score|classifier|norm|ln_f|final_\w*norm|\w*norm_f|embedding_norm)\."
+)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_ext.merging import MergeConfig, merge
 from hf_ext.merging._checkpoint import Checkpoint
 from hf_ext.merging._layer_config import layered_config
-from hf_ext.merging._slices import layer_stack
+from hf_ext.merging._slices import _AFTER, _BEFORE, layer_stack
 from tests.conftest import ModelFactory
 from tests.merging.models import equal, save_model, tensors_of
 from tests.merging.test_partial import Interrupted, interrupt_after
@@ -532,6 +532,20 @@ def test_a_tensor_of_unknown_place_is_refused_where_it_matters(tmp_path: Path) -
         merge(content, tmp_path / "out", progress=False)
     merge({**content, "slices": slices + slices[:1]}, tmp_path / "out", progress=False)
     assert tensors_of(tmp_path / "out")["model.adapter.weight"].tolist() == [0.0, 0.0]
+
+
+def test_names_of_known_families_say_on_which_side_of_the_layers_they_stand() -> None:
+    before = (
+        "model.embed_tokens", "gpt_neox.embed_in", "transformer.wte", "transformer.wpe", "tok_embeddings",
+        "transformer.word_embeddings_layernorm", "model.decoder.embed_positions", "backbone.embeddings",
+    )  # fmt: skip
+    after = (
+        "lm_head", "embed_out", "output", "score", "model.norm", "transformer.ln_f", "backbone.norm_f",
+        "model.decoder.final_layer_norm", "gpt_neox.final_layer_norm", "model.embedding_norm",
+    )  # fmt: skip
+    for names, first in ((before, True), (after, False)):
+        assert [n for n in names if bool(_BEFORE.search(f"{n}.weight")) is not first] == []
+        assert [n for n in names if bool(_AFTER.search(f"{n}.weight")) is first] == []
 
 
 # The config ---------------------------------------------------------------------------------------
