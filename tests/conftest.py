@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before any import of an upstream library: each reads these once.
@@ -24,6 +25,20 @@ from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ModelFactory: TypeAlias = Callable[..., Any]
+
+
+def freeze_modules() -> None:
+    """Take all that is there, the modules above all, out of the garbage collector's sight.
+
+    A Trainer collects garbage at the end of each run: going through the modules was half of a short run.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """Freeze what imports and collection have made."""
+    freeze_modules()
 
 
 @pytest.fixture(autouse=True)

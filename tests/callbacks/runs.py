@@ -21,11 +21,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import hf_ext
 from hf_ext.callbacks._base import Callback
 from hf_ext.core.registry import MethodInfo
-from tests.conftest import build_tiny_llama
+from tests.conftest import build_tiny_llama, freeze_modules
 from tests.registry_cases import methods
 
 STEPS, MIDDLE = 10, 5
 ROWS = (torch.arange(64 * 12).reshape(64, 12) * 7 % 251).tolist()
+# Evaluated and saved after each step.
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
 def rows(start: int = 0) -> Dataset:
@@ -139,23 +141,6 @@ class SaveAt(TrainerCallback):
             control.should_save = True
 
 
-def main() -> None:
-    """Run every callback in a process that is killed."""
-    out = Path(sys.argv[1])
-    for case in methods("callback"):
-        pid = os.fork()  # before any computation: a fork after it could find locks that nobody opens
-        if pid == 0:
-            build(out / str(case.id), make(case.values[0]), others=[StopAt(7, kill=True)]).train()
-            os._exit(1)  # it was not killed
-        _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status), case.id
-        assert os.WTERMSIG(status) == signal.SIGKILL, case.id
-
-
-if __name__ == "__main__":
-    main()
-
-
 class Bumpy:
     """Report losses that are the lowest in the middle of a run, whatever the model."""
 
@@ -170,4 +155,19 @@ class Bumpy:
         return found._replace(metrics={**found.metrics, "eval_loss": abs(step - MIDDLE) + 1.0})
 
 
-BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+def main() -> None:
+    """Run every callback in a process that is killed."""
+    out = Path(sys.argv[1])
+    for case in methods("callback"):
+        pid = os.fork()  # before any computation: a fork after it could find locks that nobody opens
+        if pid == 0:
+            build(out / str(case.id), make(case.values[0]), others=[StopAt(7, kill=True)]).train()
+            os._exit(1)  # it was not killed
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status), case.id
+        assert os.WTERMSIG(status) == signal.SIGKILL, case.id
+
+
+if __name__ == "__main__":
+    freeze_modules()
+    main()

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_ext.callbacks import AdaptiveBatchSizeCallback
 from hf_ext.core.dist import full_tensor
 from tests.callbacks.runs import build, logged, rows
+from tests.conftest import freeze_modules
 from tests.distributed.callbacks_worker import _switch_fsdp_on
 from tests.distributed.launch import two_processes
 
@@ -129,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    freeze_modules()
     main()

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_ext.callbacks import ContinualEMACallback
 from hf_ext.core.dist import full_tensor
 from tests.callbacks.runs import STEPS, build
+from tests.conftest import freeze_modules
 from tests.distributed.callbacks_worker import _switch_fsdp_on
 from tests.distributed.launch import two_processes
 
@@ -104,4 +105,5 @@ def test_evaluations_are_of_the_average_and_change_nothing(two: Path, tmp_path: 
 
 
 if __name__ == "__main__":
+    freeze_modules()
     main()

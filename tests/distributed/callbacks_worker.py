@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from hf_ext.core.dist import full_tensor
 from hf_ext.core.registry import MethodInfo
 from tests.callbacks.runs import MIDDLE, build, make
+from tests.conftest import freeze_modules
 from tests.registry_cases import methods
 
 GLOBAL_BATCH = 4
@@ -89,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    freeze_modules()
     main()

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from hf_ext.callbacks import LocalTrainCallback
 from tests.callbacks.runs import MIDDLE, SaveAt, build
 from tests.callbacks.test_stage_recovery import trained
+from tests.conftest import freeze_modules
 
 LOST: dict[str, Any] = {"lose_at": (3, 2), "adam_epsilon": 0.1, "learning_rate": 0.1}
 
@@ -118,4 +119,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    freeze_modules()
     main()

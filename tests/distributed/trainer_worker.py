@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_ext.adapters import SorsaConfig
-from tests.conftest import build_tiny_llama
+from tests.conftest import build_tiny_llama, freeze_modules
 from tests.distributed.adapters_worker import adapter_state
 
 STEPS = 4
@@ -105,4 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    freeze_modules()
     main()

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from hf_ext.core.dist import full_tensor
 from hf_ext.core.registry import MethodInfo
 from hf_ext.trainers._round_files import Progress
+from tests.conftest import freeze_modules
 from tests.contracts.test_trainers import adapter
 from tests.registry_cases import methods
 from tests.trainers.runs import build, checkpoint, columns, rows, training_logs
@@ -150,4 +151,5 @@ def cut_short(info: MethodInfo, folder: Path, *, between: bool) -> None:
 
 
 if __name__ == "__main__":
+    freeze_modules()
     main()

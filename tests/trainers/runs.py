@@ -26,7 +26,7 @@ import hf_ext
 from hf_ext.callbacks._base import Callback
 from hf_ext.core.registry import MethodInfo
 from tests.callbacks.runs import StopAt
-from tests.conftest import build_tiny_llama
+from tests.conftest import build_tiny_llama, freeze_modules
 from tests.registry_cases import methods
 
 STEPS, MIDDLE = 6, 3
@@ -226,4 +226,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    freeze_modules()
     main()
