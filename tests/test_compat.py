@@ -88,11 +88,12 @@ def test_every_private_method_of_ours_is_called_by_us_or_by_peft() -> None:
     from peft.tuners import tuners_utils
     from peft.utils import save_and_load
 
-    from hf_ext.adapters import _base
+    from hf_ext.adapters import _base, _biases
 
-    sources = [inspect.getsource(module) for module in (_base, peft_model, tuners_utils, save_and_load)]
+    ours = (_base, _biases)
+    sources = [inspect.getsource(module) for module in (*ours, peft_model, tuners_utils, save_and_load)]
     called = {name for source in sources for name in _attributes_but_of_super(source)}
-    for cls in (_base.AdapterModel, _base.AdapterLinear):
+    for cls in (_base.AdapterModel, _base.AdapterLinear, _biases.TrainsBiases, _biases.HasBiases):
         functions = {name for name, value in vars(cls).items() if callable(getattr(value, "__func__", value))}
         private = {name for name in functions if name.startswith("_") and not name.endswith("__")}
         assert private - called == set()

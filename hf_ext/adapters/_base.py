@@ -32,11 +32,11 @@ from .._compat.peft import (
     resolve_quantization_backend,
 )
 from ..core import dist
-from ..core.checks import check, check_fields
+from ..core.checks import check, check_choice, check_fields
 from ..core.lowrank import seeded
 from ..core.registry import MethodInfo, Variant
+from ._biases import HasBiases, TrainsBiases, load_biases
 from ._injection import (
-    AtomicInjection,
     check_adapter_name,
     check_checkpoint,
     check_weight_file,
@@ -67,6 +67,8 @@ class AdapterConfig(PeftConfig):
         rank_pattern: Rank by module name or regular expression, where it differs from r.
         init_weights: True for the method's start; False for a random one that changes the output from the
             first step, for debugging.
+        bias: Which biases of the base are trained with the adapter, and saved with it: "none", "all", or
+            "<type>_only" ("bone_only", ...) for those of the adapted layers. One adapter of a model may.
         seed: Seed of everything random at the start; global seeds have no effect on it.
 
     Raises:
@@ -83,9 +85,11 @@ class AdapterConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     init_weights: bool = True
+    bias: str = "none"
     seed: int = 0
 
     type_name: ClassVar[str] = ""  # set by register_adapter
+    may_lack_biases = False  # whether its checkpoint may be of a version that left them out
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +105,7 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):  # PEFT's own configs hold sets
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        check_choice("bias", self.bias, ("none", "all", f"{self.type_name}_only"))
         check(self.r >= 1, "r", self.r, "at least 1")
         check(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "at least 0 and below 1")
         for pattern, rank in self.rank_pattern.items():
@@ -163,7 +168,7 @@ class ScaledConfig(AdapterConfig):
         return 1.0 if alpha is None else alpha / self.rank_of(module)
 
 
-class AdapterLinear(KeepsOriginal, nn.Module, BaseTunerLayer):
+class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear, Conv1D or a quantized one) with named adapters beside it.
 
     All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s
@@ -435,9 +440,16 @@ class AdapterLinear(KeepsOriginal, nn.Module, BaseTunerLayer):
             self.set_base_weight(merged)
         except Exception:
             self.forget_merge(snapshot)
+            self.place_biases()
             raise
         self.before_merge = snapshot
         self.merged_adapters = target
+        self.place_biases()
+
+    def unmerge(self) -> None:
+        """Put the base layer back as it was before the first merge, bit for bit."""
+        super().unmerge()
+        self.place_biases()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -531,7 +543,7 @@ def _refuse_tensor_parallel(core: nn.Module, name: str) -> None:
         )
 
 
-class AdapterModel(AtomicInjection):
+class AdapterModel(TrainsBiases):
     """PEFT tuner of every adapter here; `register_adapter` makes one subclass for each method."""
 
     prefix: str
@@ -539,7 +551,8 @@ class AdapterModel(AtomicInjection):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def check_injection(self, adapter_name: str) -> None:
-        """Check the adapter's name."""
+        """Check the adapter's name and what it asks of the biases."""
+        self.check_biases(self.peft_config[adapter_name])
         layer = self.tuner_layer_cls
         own = {*layer.adapter_layer_names, *layer.adapter_frozen_names}
         keys = (
@@ -651,6 +664,7 @@ class AdapterModel(AtomicInjection):
 
         PEFT loads with strict=False and leaves a missing tensor at its starting value.
         """
+        biases, state_dict = cls.split_biases(model, config, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls)}
         wanted = {
@@ -660,6 +674,7 @@ class AdapterModel(AtomicInjection):
             for attribute in cls._saved_names(cast(AdapterConfig, config))
         }
         check_checkpoint(wanted, remapped, cls.prefix)
+        load_biases(model, biases)
         return remapped
 
     @classmethod

@@ -120,6 +120,9 @@ def convert_bone_checkpoint(
         written = _to_miss(blocks, form, old, config)
     else:
         written = _to_lora(blocks, form, old, config, base_model)
+        bias = str(old.get("bias", "none"))  # old files say so, and have none
+        has_biases = any(key.endswith(".bias") for key in others)
+        config["bias"] = "none" if not has_biases else "all" if bias == "all" else "lora_only"
     with atomic_folder(dst) as folder:
         write_tensors(folder / _WEIGHTS, {**others, **written})
         write_json(folder / _CONFIG, config)

@@ -191,6 +191,9 @@ class AtomicInjection(BaseTuner):
         check(not self.training, "adapter_names", names, "None in training mode: call model.eval() first")
         layer_class: type = self.tuner_layer_cls
         layers = [layer for layer in self.model.modules() if isinstance(layer, layer_class)]
+        biased = [n for n, config in self.peft_config.items() if getattr(config, "bias", "none") != "none"]
+        rule = "None on a model that has trained biases, which all rows share"
+        check(not biased, "adapter_names", names, rule, where=", ".join(biased))
         merged = any(layer.merged_adapters for layer in layers)
         check(
             not merged,

@@ -57,7 +57,6 @@ class BoneConfig(AdapterConfig):
         mini_r: Width of the block in the mini form, a divisor of out_features.
         init_weights: True for a block of zeros, which changes nothing; False for a Kaiming-uniform one. "bat"
             and "mini" stand for True with that form, as in configs of PEFT's BONE and MiSS.
-        bias: "none". Old configs with "all" or "bone_only" load, with a warning: their files lack the biases.
         layer_shapes: (out_features, in_features) by module path, filled in when the adapter is injected; what
             the LoRA export of a saved folder and the check against another base model need.
     """
@@ -66,26 +65,19 @@ class BoneConfig(AdapterConfig):
     form: str = "plain"
     mini_r: int = 1
     init_weights: bool | str = True
-    bias: str = "none"
     layer_shapes: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from_file = self.peft_type is not None  # which files state, and users do not
+        # Files state the type, and users do not; those of PEFT lack the shapes.
+        self.may_lack_biases = self.peft_type is not None and not self.layer_shapes
+        if self.bias == "Bone_only":  # as the help of PEFT's type had it
+            self.bias = "bone_only"
         super().__post_init__()
-        if self.bias != "none":
-            check(from_file, "bias", self.bias, "'none': trained biases would be neither saved nor disabled")
-            warnings.warn(
-                f"bias={self.bias!r}: PEFT never saved the biases that a BONE adapter had trained; those of "
-                "the base model are used as they are",
-                stacklevel=2,
-            )
-            self.bias = "none"
 
     def validate(self) -> None:
         """Check Bone's own fields, and turn an `init_weights` that names a form into that form."""
         check_choice("form", self.form, FORMS)
         check(self.mini_r >= 1, "mini_r", self.mini_r, "at least 1")
-        check_choice("bias", self.bias, ("none", "all", "bone_only", "Bone_only"))
         alias = self.init_weights
         if isinstance(alias, str):
             check(alias in FORMS[1:], "init_weights", alias, "True, False, 'mini' or 'bat'")
@@ -155,7 +147,6 @@ class BoneTuner(AdapterModel):
         {"init_weights": "balance"},
         {"form": "mini", "init_weights": "bat"},
         {"bias": "lora_only"},
-        {"bias": "all"},
         {"dropout": 1.0},
     ),
 )

@@ -74,6 +74,8 @@ def export_to_lora(
     else:
         tensors, ranks, dropped = _factored(config, layers, others, rank, against)
         settings = _lora_settings(config, ranks)
+        if not any(key.endswith(".bias") for key in others):  # those of old BONE checkpoints
+            settings["bias"] = "none"
 
     def write() -> None:
         with atomic_folder(out) as folder:
@@ -182,7 +184,7 @@ def _from_model(
         adapter_name,
         "the name of an adapter of this package on the model",
     )
-    if isinstance(config, LoraStartConfig) and config.bias != "none":
+    if config.bias != "none":
         others.update(_biases(model, config, adapter_name))
     config = copy.copy(config)
     if config.task_type is None and config.auto_mapping is None:  # as PEFT does when it saves
@@ -194,9 +196,16 @@ def _from_model(
     return config, layers, others
 
 
-def _biases(model: nn.Module, config: LoraStartConfig, adapter_name: str) -> dict[str, Tensor]:
-    """Return the biases of the base that are trained with a LoRA, as its checkpoint names them."""
+def _biases(
+    model: nn.Module, config: AdapterConfig | LoraStartConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """Return the biases of the base that are trained with an adapter, as its checkpoint names them."""
     tuner = tuner_of(config)
+    if isinstance(config, AdapterConfig):
+        found = tuner._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        return {
+            _PREFIX + k.removeprefix(_PREFIX): dist.full_tensor(v).detach().cpu() for k, v in found.items()
+        }
     unwanted = [name for name in cast(Any, model).peft_config if name != adapter_name]
     state = tuner._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), unwanted)
     return {
@@ -281,7 +290,7 @@ def _lora_settings(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
         # The very modules, whatever rule chose them: exclusions and layer indices are settled by now.
         target_modules=sorted(ranks),
         modules_to_save=config.modules_to_save,
-        bias=getattr(config, "bias", "none"),
+        bias="lora_only" if config.bias.endswith("_only") else config.bias,
         trainable_token_indices=getattr(config, "trainable_token_indices", None),
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,

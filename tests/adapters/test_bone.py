@@ -560,8 +560,29 @@ def test_old_checkpoint_that_lacks_its_biases_loads_with_a_warning(
     convert_bone_checkpoint(folder, tmp_path / "miss")
     written = json.loads((tmp_path / "miss" / "adapter_config.json").read_text())["bias"]
     assert written == ("all" if bias == "all" else "MiSS_only")
-    with pytest.raises(ValueError, match="bias must be 'none'"):
-        BoneConfig(bias=bias)
+    convert_bone_checkpoint(folder, tmp_path / "lora", "lora", base_model=tiny_llama(attention_bias=True))
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["bias"] == "none"
+
+
+@pytest.mark.parametrize("bias", ["all", "Bone_only"])
+def test_old_checkpoint_that_has_its_biases_loads_them(bias: str, tiny_llama: Any, tmp_path: Path) -> None:
+    folder = old_checkpoint(tmp_path / "old", tiny_llama(attention_bias=True), bias=bias)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = ("q",) if bias == "Bone_only" else ("q", "k", "v", "o")
+    for layer in range(2):
+        for name in names:
+            part = ".base_layer" if name == "q" else ""
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}_proj{part}.bias"
+            tensors[key] = torch.full((32 if name in "kv" else 64,), 0.1 + layer)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(tiny_llama(attention_bias=True), folder)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in tensors.items() if key.endswith(".bias"))
+    convert_bone_checkpoint(folder, tmp_path / "lora", "lora", base_model=tiny_llama(attention_bias=True))
+    lora = PeftModel.from_pretrained(tiny_llama(attention_bias=True), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), logits(loaded), atol=1e-5, rtol=1e-5)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(tiny_llama(attention_bias=True)))
 
 
 @pytest.mark.parametrize(("dims", "said"), [(2, True), (3, "bat"), (3, True)])

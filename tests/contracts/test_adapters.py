@@ -392,6 +392,86 @@ def test_mixed_batches(info: MethodInfo, tiny_llama: Any) -> None:
     assert all((alone[name] - mixed).abs().amax((1, 2)).max() > 1e-3 for name in alone)
 
 
+# Biases -------------------------------------------------------------------------------------------
+
+OURS = {"lacks": {"peft_lora"}, "supports": {"conv1d"}}
+
+
+def biases_of(model: nn.Module, *, adapted: bool) -> dict[str, Tensor]:
+    """Return copies of a GPT-2's biases by name in the bare model; those of norms unless `adapted`."""
+    found = {name.replace("base_layer.", ""): p for name, p in model.named_parameters() if ".bias" in name}
+    return {
+        name.removeprefix("base_model.model."): p.detach().clone()
+        for name, p in found.items()
+        if not adapted or ".ln_" not in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("info", "whole"),
+    [pytest.param(*case.values, True, id=f"{case.id}-all") for case in methods("adapter", **OURS)]
+    + [
+        pytest.param(*case.values, False, id=f"{case.id}-only")
+        for case in methods("adapter", variants=False, **OURS)
+    ],
+)
+def test_biases(info: MethodInfo, whole: bool, tiny_gpt2: Any, tmp_path: Path) -> None:
+    bias = "all" if whole else f"{info.name}_only"
+    before, base = biases_of(tiny_gpt2(), adapted=not whole), logits(tiny_gpt2())
+
+    def assert_base_biases(model: nn.Module) -> None:
+        now = biases_of(model, adapted=not whole)
+        assert now.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in now.items())
+
+    adapted = trained(info, tiny_gpt2(), bias=bias)
+    own = {f".{name}." for name in layers_of(adapted)[0].adapter_layer_names}
+    training = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    names = {name.replace("base_layer.", "").removeprefix("base_model.model.") for name in training}
+    assert {name for name in names if not any(part in name for part in own)} == before.keys()
+    after, wanted = biases_of(adapted, adapted=not whole), logits(adapted)
+    assert not any(torch.equal(value, before[name]) for name, value in after.items())
+
+    with adapted.disable_adapter():
+        assert_base(info, logits(adapted), base)
+        assert_base_biases(adapted)
+        adapted.save_pretrained(tmp_path / "own")  # what is trained, in place or not
+    assert torch.equal(logits(adapted), wanted)
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == training
+    loaded = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "own")
+    assert torch.equal(logits(loaded), wanted)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    if "lora_export" in info.supports:
+        layer = layers_of(adapted)[0]
+        whole_file = getattr(layer.configs["default"], getattr(layer, "kept_by", ""), True)
+        for source in (adapted, tmp_path / "own") if whole_file else (adapted,):
+            export_to_lora(source, tmp_path / "lora")
+            lora = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora")
+            assert lora.peft_config["default"].bias == ("all" if whole else "lora_only")
+            torch.testing.assert_close(logits(lora), wanted, atol=1e-5, rtol=1e-5)
+
+    with pytest.raises(ValueError, match="bias must be 'none' beside adapter 'default'"):
+        loaded.add_adapter("second", settings(info, bias=bias))
+    other = {} if "multi_adapter" in info.supports else {"base_mode": info.config.untouched_mode}  # type: ignore
+    loaded.add_adapter("second", settings(info, **other))
+    loaded.set_adapter("second")
+    assert_base_biases(loaded)
+    assert not any(p.requires_grad for name, p in loaded.named_parameters() if ".bias" in name)
+    loaded.set_adapter("default")
+    assert torch.equal(logits(loaded), wanted)
+    loaded.merge_adapter(["second"])
+    assert_base_biases(loaded)
+    loaded.unmerge_adapter()
+    assert torch.equal(logits(loaded), wanted)
+    merged = copy.deepcopy(loaded).merge_and_unload()
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(v, after[n]) for n, v in biases_of(merged, adapted=not whole).items())
+    assert_base_biases(copy.deepcopy(loaded).unload())
+    loaded.delete_adapter("default")
+    assert_base_biases(loaded)
+    loaded.add_adapter("third", settings(info, bias=bias, **other))
+
+
 # Merging ------------------------------------------------------------------------------------------
 
 
