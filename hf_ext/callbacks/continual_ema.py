@@ -39,6 +39,7 @@ __all__ = ["ContinualEMACallback", "TfidfRouter", "ema_coefficient"]
 
 GRADIENT = "gradient."
 COMPARED_EVERY = 1000  # updates
+_BLOCK = 1 << 18  # elements; large temporaries cost a CPU more than what is computed with them
 
 
 def ema_coefficient(
@@ -132,6 +133,7 @@ class ContinualEMACallback(AveragedWeightsCallback):
         """Forget an earlier run."""
         super().reset()
         self._gradient: dict[str, Tensor] = {}
+        self._room = torch.empty(_BLOCK)
         self._updates = 0
         self._adaptive, self._decided = 0, 0
         self._alpha = 0.0
@@ -184,7 +186,10 @@ class ContinualEMACallback(AveragedWeightsCallback):
             self._average[name].lerp_(local(found[name]).detach().float(), weight)
         if self.coefficient == "auto":
             for name, parameter in moved.items():
-                self._gradient[name] = copied(_grad(parameter))
+                if name in self._gradient:
+                    self._gradient[name].copy_(local(_grad(parameter)))
+                else:
+                    self._gradient[name] = copied(_grad(parameter))
         self._updates += 1
         if self._updates % COMPARED_EVERY == 0:
             self._compare(found)
@@ -209,11 +214,27 @@ class ContinualEMACallback(AveragedWeightsCallback):
         return {name: found[name] for name in moved}
 
     def _row(self, name: str, parameter: Tensor) -> Tensor:
-        gradient = local(_grad(parameter)).detach().float()
+        weight, gradient = (local(tensor).detach().float() for tensor in (parameter, _grad(parameter)))
         before = self._gradient.get(name)
-        away = local(parameter).detach().float() - self._average[name]
-        change = gradient.new_tensor(math.nan) if before is None else (gradient - before).abs().sum()
-        return torch.stack([away.abs().sum(), gradient.abs().sum(), change])
+        distance, size = self._l1(weight, self._average[name]), self._l1(gradient)
+        change = gradient.new_tensor(math.nan) if before is None else self._l1(gradient, before)
+        return torch.stack([distance, size, change])
+
+    def _l1(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return sum |x|, or sum |x - y|, for fp32 tensors of one shape; (), fp32."""
+        if x.device.type != "cpu":  # the allocators of accelerators keep what they have
+            return (x if y is None else x - y).abs().sum()
+        x, y = x.reshape(-1), None if y is None else y.reshape(-1)
+        total = x.new_zeros(())
+        for start in range(0, x.numel(), _BLOCK):
+            part = x[start : start + _BLOCK]
+            out = self._room[: part.numel()]
+            if y is None:
+                torch.abs(part, out=out)
+            else:
+                torch.sub(part, y[start : start + _BLOCK], out=out).abs_()
+            total += out.sum()
+        return total
 
     def _weights(self, sums: Mapping[str, tuple[float, float, float]]) -> dict[str, float]:
         """Return the weight of the new weights by tensor, and count how many of them were adaptive."""

@@ -207,7 +207,7 @@ class WeightAverageCallback(AveragedWeightsCallback):
             return
         self._taken += 1
         if self.method == "swa":
-            self._toward(self._values(), 1.0 / self._taken)
+            self._toward(1.0 / self._taken)
             return
         sample = {name: value.cpu() for name, value in self._values(keep=True).items()}
         self._samples = [*self._samples, sample][-self.last :]
@@ -219,11 +219,12 @@ class WeightAverageCallback(AveragedWeightsCallback):
             beta = min(beta, (1.0 + self._taken) / (10.0 + self._taken))
         # One that has begun to train joins as if it had been as it is now from the start on.
         joined = 1.0 - self._left if self.bias_correction else 1.0
-        self._toward(self._values(), 1.0 - beta, joined)
+        self._toward(1.0 - beta, joined)
         self._left *= beta
 
-    def _toward(self, values: Mapping[str, Tensor], weight: float, joined: float = 1.0) -> None:
-        for name, value in values.items():
+    def _toward(self, weight: float, joined: float = 1.0) -> None:
+        now = {name: local(parameter).detach().float() for name, parameter in self._trained().items()}
+        for name, value in (now | self._statistics()).items():
             if name not in self._average:
                 self._average[name] = value * joined
             self._average[name].lerp_(value, weight)
