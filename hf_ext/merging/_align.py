@@ -5,15 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from ..core.files import read_json
 from ._checkpoint import Checkpoint, Entry
+from ._operands import Stored
+from ._vocabulary import EMBEDDINGS, HEADS, Matched, MatchedRows, match, vocabulary
 
 _SHOWN = 40  # differences of one kind that a text lists
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass
@@ -22,32 +19,53 @@ class Aligned:
 
     Args:
         names: Keys of the output, sorted.
-        entries: For each checkpoint in order, its entry by output key.
+        entries: For each checkpoint in order, its entry by output key, with the shape of the output.
         mixed: Keys of float tensors whose type differs between checkpoints.
+        models: The checkpoints.
+        matched: The rows of embeddings and heads, where vocabularies differ.
     """
 
     names: list[str]
     entries: list[dict[str, Entry]]
     mixed: list[str] = field(default_factory=list)
+    models: Sequence[Checkpoint] = ()
+    matched: Matched | None = None
+
+    def operand(self, number: int, name: str) -> Stored | MatchedRows:
+        """Return a tensor of a checkpoint, to be read."""
+        if self.matched is not None and name in self.matched.names:
+            return self.matched.operand(number, name)
+        return Stored(self.models[number], self.entries[number][name])
 
 
-def align(models: Sequence[Checkpoint], *, untied: bool, dtype_given: bool) -> Aligned:
+def align(
+    models: Sequence[Checkpoint],
+    *,
+    untied: bool,
+    dtype_given: bool,
+    source: int | None = None,
+    base: int | None = None,
+) -> Aligned:
     """Compare checkpoints with the first one, the reference.
 
     Args:
         models: The reference, then the others.
         untied: Whether the output stores its head apart from its embeddings.
         dtype_given: Whether the user has said what type the output has; parents may then differ in theirs.
+        source: Number of the checkpoint to whose tokens those of the others are matched; None for equal ones.
+        base: Number of the base, or None.
 
     Raises:
         ValueError: They differ; the text lists all differences.
     """
     problems: list[str] = []
     entries = [_with_head(model, models, untied, problems) for model in models]
+    matched = None if source is None else match(models, entries, source, base, problems)
+    entries = entries if matched is None else matched.seen()
     found, mixed = differences([model.label for model in models], entries, dtype_given=dtype_given)
-    problems += [*found, *_kinds(models), *_vocabularies(models)]
+    problems += [*found, *_kinds(models), *(_vocabularies(models) if source is None else [])]
     refuse(problems)
-    return Aligned(sorted(entries[0]), entries, sorted(mixed))
+    return Aligned(sorted(entries[0]), entries, sorted(mixed), models, matched)
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -131,13 +149,11 @@ def _with_head(
 
 def _heads(models: Sequence[Checkpoint]) -> list[str]:
     names = {name for model in models for name in model.tensors}
-    return sorted(
-        name for name in names if name in _HEADS or name.endswith(tuple(f".{h}" for h in _HEADS[:1]))
-    )
+    return sorted(name for name in names if name in HEADS or name.endswith(tuple(f".{h}" for h in HEADS[:1])))
 
 
 def _embedding(entries: Mapping[str, Entry]) -> str | None:
-    found = [name for name in entries if name.endswith(_EMBEDDINGS)]
+    found = [name for name in entries if name.endswith(EMBEDDINGS)]
     return found[0] if len(found) == 1 else None
 
 
@@ -184,37 +200,9 @@ def _vocabularies(models: Sequence[Checkpoint]) -> list[str]:
         wrong = sorted(t for t in {*own, *reference} if own.get(t) != reference.get(t))
         shown = ", ".join(f"{t!r} ({reference.get(t)} and {own.get(t)})" for t in wrong[:8])
         both = f"vocabularies of {models[0].label} and {model.label}"
-        problems.append(f"{both} differ in {len(wrong)} tokens, such as {shown}")
+        hint = "tokenizer_source: base, or one of the models, matches them"
+        problems.append(f"{both} differ in {len(wrong)} tokens, such as {shown} ({hint})")
     return problems
-
-
-def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Return the number of each token of a saved tokenizer, or None where the folder has none to read.
-
-    Raises:
-        ValueError: A tokenizer file is damaged.
-    """
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        content = read_json(path)
-        try:
-            return _of_tokenizer(content)
-        except (AttributeError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}") from error
-    if (folder / "vocab.json").is_file():
-        content = read_json(folder / "vocab.json")
-        return content if isinstance(content, dict) else None
-    if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        return {token: number for number, token in enumerate(lines)}
-    return None
-
-
-def _of_tokenizer(content: Any) -> dict[str, int]:
-    held = content["model"]["vocab"]
-    tokens = {item[0]: number for number, item in enumerate(held)} if isinstance(held, list) else dict(held)
-    tokens.update({item["content"]: item["id"] for item in content.get("added_tokens") or []})
-    return tokens
 
 
 def excluded(name: str, patterns: Sequence[str]) -> bool:

@@ -96,8 +96,9 @@ class MergeConfig:
             parents.
         out_rank: Rank of the merged LoRA in product space; None for the sum of the parents' ranks where
             that is exact.
-        tokenizer_source: Where tokenizer and other side files come from: "base", or one of the models; None,
-            and "union" since vocabularies are equal, for the reference (the base, or the first model).
+        tokenizer_source: Where tokenizer, config and other side files come from: "base", or one of the
+            models, to whose tokens those of the others are matched; None, and "union" where vocabularies are
+            equal, for the reference (the base, or the first model).
         exclude: Patterns of tensor names that are copied from the reference.
         max_shard_size: Bytes in an output file, such as "5GB".
         block_bytes: Bytes of an fp32 block of one operand, at least 65536.

@@ -17,6 +17,7 @@ from ._layout import Layout, parse_size, plan_layout
 from ._operands import Operand, Stored, Task
 from ._parameters import positions
 from ._parents import Parents
+from ._vocabulary import MatchedRows
 
 _VERSION = 1  # of what a plan means; an unfinished merge of another version is not gone on with
 
@@ -34,6 +35,7 @@ class Plan:
         tasks: The output tensors in the order of their names.
         whole: Whether blocks are whole tensors, whatever the method says.
         files: Further files of the output, by name.
+        rows: What tells matched rows of the vocabulary from others; None where none are matched.
         model_config: Content of config.json but the type of the weights; None for that of the side files.
     """
 
@@ -45,6 +47,7 @@ class Plan:
     tasks: tuple[Task, ...]
     whole: bool = False
     files: Mapping[str, object] | None = None
+    rows: str | None = None
     model_config: Mapping[str, Any] | None = None
 
     def fingerprint(self) -> str:
@@ -55,6 +58,7 @@ class Plan:
         content = {
             "version": _VERSION,
             "config": asked,
+            **({"rows": self.rows} if self.rows is not None else {}),
             "parents": [[str(c.folder.resolve()), c.state()] for c in self.parents.all()],
             "layout": [
                 [file.name, file.size, hashlib.sha256(file.header).hexdigest()] for file in self.layout.files
@@ -108,7 +112,8 @@ def make_plan(config: MergeConfig, method: MergeMethod, parents: Parents) -> Pla
     files = None
     if space == "factors":
         files = {"adapter_config.json": parents.reference.config}
-    return Plan(config, method, parents, space, layout, tuple(tasks), files=files)
+    rows = None if aligned.matched is None else aligned.matched.digest()
+    return Plan(config, method, parents, space, layout, tuple(tasks), files=files, rows=rows)
 
 
 def models_of(parents: Parents, space: str, tasks: Sequence[Task]) -> Models:
@@ -161,7 +166,17 @@ def _aligned(config: MergeConfig, parents: Parents, space: str) -> Aligned:
     side, reference = parents.side, parents.reference
     stored = any(name.endswith("lm_head.weight") for name in reference.tensors)
     untied = not side.config.get("tie_word_embeddings", not stored)
-    return align(_compared(parents), untied=untied, dtype_given=config.stored_dtype() is not None)
+    models = _compared(parents)
+    source = source_of(config, parents, models)
+    given = config.stored_dtype() is not None
+    base = None if parents.base is None else models.index(parents.base)
+    return align(models, untied=untied, dtype_given=given, source=source, base=base)
+
+
+def source_of(config: MergeConfig, parents: Parents, models: Sequence[Checkpoint]) -> int | None:
+    """Return the number of the model whose vocabulary is asked for, or None where all must have one."""
+    asked = config.tokenizer_source not in (None, "union")
+    return models.index(parents.side) if asked else None
 
 
 def refuse_doubles(dtypes: Mapping[str, str]) -> None:
@@ -190,10 +205,9 @@ def _tasks(
     checkpoints: Sequence[Checkpoint],
     layout: Layout,
 ) -> list[Task]:
-    entries = {id(model): own for model, own in zip(checkpoints, aligned.entries, strict=True)}
 
-    def operand(model: Checkpoint, name: str) -> Stored:
-        return Stored(model, entries[id(model)][name])
+    def operand(model: Checkpoint, name: str) -> Stored | MatchedRows:
+        return aligned.operand(checkpoints.index(model), name)
 
     place = positions(aligned.names)
     task_vectors = method.operands == "task_vectors"
@@ -218,7 +232,7 @@ def _tasks(
     return tasks
 
 
-def _check_shapes(name: str, shape: tuple[int, ...], operands: Sequence[Stored]) -> None:
+def _check_shapes(name: str, shape: tuple[int, ...], operands: Sequence[Stored | MatchedRows]) -> None:
     for operand in operands:
         if operand.entry.shape != shape:
             raise ValueError(

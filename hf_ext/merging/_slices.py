@@ -20,7 +20,8 @@ from ._layer_config import layered_config, stated_layers
 from ._layout import Slot, parse_size, plan_layout
 from ._operands import Stored, Task
 from ._parents import Parent, Parents, Slice
-from ._plan import Plan, refuse_doubles
+from ._plan import Plan, refuse_doubles, source_of
+from ._vocabulary import MatchedRows
 
 _LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.+)$")
 _BEFORE = re.compile(r"(^|[._])(?!embed_out\b|embedding_norm\b)(embed\w*|\w*embeddings?\w*|wte|wpe)([._]|$)")
@@ -46,11 +47,17 @@ class Stack:
 
 @dataclass(frozen=True)
 class Part:
-    """A model's tensor that one of the output is made of."""
+    """A model's tensor that one of the output is made of; `matched` is read where its rows are matched."""
 
     checkpoint: Checkpoint
     entry: Entry
     name: str
+    matched: MatchedRows | None = None
+
+    @property
+    def operand(self) -> Stored | MatchedRows:
+        """The tensor, to be read."""
+        return self.matched or Stored(self.checkpoint, self.entry)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def plan_slices(config: MergeConfig, method: MergeMethod, parents: Parents) -> P
     prefixes = {model.label: stacks[id(model)].prefix for model in models}
     check(len(set(prefixes.values())) == 1, "slices", prefixes, "of models that name their layers alike")
     _check_ranges(parents.slices, stacks)
-    pieces = _pieces(config, parents, models, stacks)
+    pieces, rows = _pieces(config, parents, models, stacks)
     stored = config.stored_dtype()
     dtypes = {
         piece.name: stored if stored is not None and piece.first.entry.is_float else piece.first.entry.dtype
@@ -118,9 +125,9 @@ def plan_slices(config: MergeConfig, method: MergeMethod, parents: Parents) -> P
         for one in parents.slices
         for number in range(one.length)
     ]
-    held = len(stacks[id(parents.reference)].layers)
-    changed = layered_config(parents.reference, held, sources)
-    return Plan(config, method, parents, "full", layout, tuple(tasks), model_config=changed)
+    held = len(stacks[id(parents.side)].layers)
+    changed = layered_config(parents.side, held, sources)
+    return Plan(config, method, parents, "full", layout, tuple(tasks), rows=rows, model_config=changed)
 
 
 def layer_stack(model: Checkpoint) -> Stack:
@@ -169,9 +176,11 @@ def _all(one: Slice) -> list[Parent]:
 
 def _pieces(
     config: MergeConfig, parents: Parents, models: Sequence[Checkpoint], stacks: Mapping[int, Stack]
-) -> list[Piece]:
+) -> tuple[list[Piece], str | None]:
+    """Return the tensors of the output, and what tells matched rows of the vocabulary from others."""
     given = config.stored_dtype() is not None
-    aligned = _outside(parents, models, stacks, dtype_given=given)
+    source = source_of(config, parents, models)
+    aligned = _outside(parents, models, stacks, source, dtype_given=given)
     pieces = _of_outside(parents.slices, models, aligned)
     problems = _foreign(parents, stacks, dtype_given=given)
     number = 0
@@ -183,21 +192,27 @@ def _pieces(
             number += 1
     refuse(list(dict.fromkeys(problems)))
     _refuse_differing_integers(pieces)
-    return pieces
+    return pieces, None if aligned.matched is None else aligned.matched.digest()
 
 
 def _outside(
-    parents: Parents, models: Sequence[Checkpoint], stacks: Mapping[int, Stack], *, dtype_given: bool
+    parents: Parents,
+    models: Sequence[Checkpoint],
+    stacks: Mapping[int, Stack],
+    source: int | None,
+    *,
+    dtype_given: bool,
 ) -> Aligned:
-    reference = parents.reference
+    reference = parents.side
     stored = any(name.endswith("lm_head.weight") for name in reference.tensors)
     untied = not reference.config.get("tie_word_embeddings", not stored)
     views = [model.view(stacks[id(model)].outside) for model in models]
-    return align(views, untied=untied, dtype_given=dtype_given)
+    base = None if parents.base is None else models.index(parents.base)
+    return align(views, untied=untied, dtype_given=dtype_given, source=source, base=base)
 
 
 def _of_outside(slices: Sequence[Slice], models: Sequence[Checkpoint], aligned: Aligned) -> list[Piece]:
-    entries = {id(model): own for model, own in zip(models, aligned.entries, strict=True)}
+    numbers = {id(model): number for number, model in enumerate(models)}
     first, last = slices[0], slices[-1]
     alike = _same_making(first, last)
     pieces: list[Piece] = []
@@ -210,7 +225,9 @@ def _of_outside(slices: Sequence[Slice], models: Sequence[Checkpoint], aligned: 
         one = first if before and not after else last
 
         def part(parent: Parent, name: str = name) -> Part:
-            return Part(parent.model, entries[id(parent.model)][name], name)
+            operand = aligned.operand(numbers[id(parent.model)], name)
+            matched = operand if isinstance(operand, MatchedRows) else None
+            return Part(parent.model, operand.entry, name, matched)
 
         parts = tuple(part(parent) for parent in one.parents)
         pieces.append(Piece(name, 0.0, one, parts, None if one.base is None else part(one.base)))
@@ -307,8 +324,8 @@ def _refuse_differing_integers(pieces: Sequence[Piece]) -> None:
 def _task(config: MergeConfig, method: MergeMethod, piece: Piece, index: int, slot: Slot) -> Task:
     if not piece.first.entry.is_float or excluded(piece.name, config.exclude):
         info = TensorInfo(piece.name, slot.shape, index, 1, {})
-        return Task(info, slot, (Stored(piece.first.checkpoint, piece.first.entry),), None, merged=False)
-    operands = tuple(Stored(part.checkpoint, part.entry) for part in piece.parts)
+        return Task(info, slot, (piece.first.operand,), None, merged=False)
+    operands = tuple(part.operand for part in piece.parts)
     values = method.values_for(
         piece.name,
         piece.position,
@@ -321,5 +338,5 @@ def _task(config: MergeConfig, method: MergeMethod, piece: Piece, index: int, sl
     vectors = method.operands == "task_vectors"
     base = None
     if piece.base is not None and (vectors or method.needs_base):
-        base = Stored(piece.base.checkpoint, piece.base.entry)
+        base = piece.base.operand
     return Task(info, slot, operands, base, subtract=vectors, add_base=vectors)
