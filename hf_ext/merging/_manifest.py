@@ -63,15 +63,17 @@ def card(plan: Plan, content: Mapping[str, Any]) -> str:
         content: The manifest.
     """
     method = plan.method.info
+    name, summary, paper = method.name, method.summary, f" ({method.paper})" if method.paper else ""
+    if plan.config.merge_method == "passthrough":
+        name, summary, paper = "passthrough", "their layers put together as they are", ""
     ids = _hub_ids(plan)
     matter: dict[str, object] = {}
     if ids:
         matter = {"base_model": ids, "base_model_relation": "merge"}
     adapter = plan.space in ("product", "factors")
     matter["library_name"] = "peft" if adapter else "transformers"
-    matter["tags"] = ["merge", method.name, "hf_ext", *(["lora"] if adapter else [])]
+    matter["tags"] = ["merge", name, "hf_ext", *(["lora"] if adapter else [])]
     recipe = yaml.safe_dump(_short(content["config"]), sort_keys=False, allow_unicode=True).strip()
-    paper = f" ({method.paper})" if method.paper else ""
     rows = [_row("base", content["base"], {})] if content["base"] else []
     rows += [_row(f"model {i}", m, m["parameters"]) for i, m in enumerate(content["models"], start=1)]
     head = "| role | model | revision | parameters | sha256 of weight files |\n|---|---|---|---|---|"
@@ -79,7 +81,7 @@ def card(plan: Plan, content: Mapping[str, Any]) -> str:
     return (
         f"---\n{yaml.safe_dump(matter, sort_keys=False).strip()}\n---\n\n"
         f"# {title}, merged\n\n"
-        f"{len(content['models'])} models merged with **{method.name}**{paper}: {method.summary}.\n\n"
+        f"{len(content['models'])} models merged with **{name}**{paper}: {summary}.\n\n"
         f"## Parents\n\n{head}\n" + "\n".join(rows) + "\n\n"
         f"## Recipe\n\n```yaml\n{recipe}\n```\n\n"
         "`merge_manifest.json` holds the same for programs, with the hashes of the files here.\n"

@@ -259,6 +259,7 @@ def test_layers_are_repeated_and_left_out_bit_for_bit_and_the_output_loads(
         r for _, r in ranges
     ]
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 models merged with **passthrough**: their layers put together as they are." in card
     assert "layer_range" in card
     assert str(tmp_path) not in card + json.dumps(result.manifest), "paths of this machine stay here"
 
@@ -383,6 +384,16 @@ def test_ties_ranks_entries_within_their_tensor(models: dict[str, Path], tmp_pat
     assert equal(tensors_of(tmp_path / "auto"), tensors_of(tmp_path / "tensor"))
     with pytest.raises(ValueError, match="scope must be 'tensor' with slices, got 'global'"):
         merge(twice(models, "ties", **base, parameters={"scope": "global"}), tmp_path / "out", progress=False)
+
+
+def test_slices_may_have_unlike_numbers_of_sources(models: dict[str, Path], tmp_path: Path) -> None:
+    content = twice(models)
+    del content["slices"][0]["sources"][1]
+    merge(content, tmp_path / "out", progress=False)
+    found, a, b = tensors_of(tmp_path / "out"), tensors_of(models["a"]), tensors_of(models["b"])
+    assert torch.equal(found["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+    for name in ("model.norm.weight", "lm_head.weight"):
+        torch.testing.assert_close(found[name], (a[name] + b[name]) / 2)
 
 
 def test_excluded_and_integer_tensors_are_the_bases(tmp_path: Path) -> None:
