@@ -205,10 +205,11 @@ class LoraStartLayer(KeepsOriginal):
             return
         refuse_sharded_merge(getattr(cast(Any, self).get_base_layer(), "weight", None), self.module_name)
         before = self.before_merge if self.before_merge is not None else self.snapshot()
-        merged = list(self.merged_adapters)
+        merged, core = list(self.merged_adapters), cast(Any, self).get_base_layer()
         try:
             # The safe way makes a new tensor, which leaves the old one as it was; it also looks for NaN.
             cast(Any, super()).merge(safe_merge=True, adapter_names=adapter_names)
+            self.keep_bias(core)
         except Exception as error:
             self.forget_merge(before)
             if merged:

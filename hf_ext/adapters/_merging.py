@@ -40,6 +40,18 @@ class KeepsOriginal:
         for name, data in snapshot.items():
             now[name].data = data.to(device=now[name].device, dtype=now[name].dtype)
 
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Write the base weight as PEFT does; the bias stays."""
+        before: nn.Module = cast(Any, self).get_base_layer()
+        cast(Any, super()).set_base_weight(weight_data)
+        self.keep_bias(before)
+
+    def keep_bias(self, before: nn.Module) -> None:
+        """Give the base layer the bias that it had before PEFT made it anew, as its HQQ backend does."""
+        now: nn.Module = cast(Any, self).get_base_layer()
+        if now is not before and getattr(before, "bias", None) is not None:
+            now.bias = before.bias
+
     def forget_merge(self, snapshot: Snapshot) -> None:
         """Put the base layer back, and count nothing as merged."""
         self.restore(snapshot)

@@ -225,12 +225,8 @@ class PissaLinear(PrincipalLinear):
         return {**values, "pissa_U": svd.u, "pissa_C": svd.s[:, None] * svd.vh}
 
     def _quantize(self, weight: Tensor) -> None:
-        before = self.get_base_layer()
         dtype = self.get_base_weight().dtype  # the format's own: another would be kept as its output's
         self.set_base_weight((weight.T if self.is_conv1d else weight).to(dtype).contiguous())
-        bias, now = getattr(before, "bias", None), self.get_base_layer()
-        if now is not before and bias is not None:  # PEFT's HQQ backend makes a new layer without one
-            now.bias = bias
 
     def after_change(self) -> None:
         """Write the residual into the base, where an adapter asks for it and has not done so."""

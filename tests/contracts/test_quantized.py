@@ -164,6 +164,22 @@ def test_quantized_base(
         assert torch.equal(logits(adapted), base)
 
 
+@pytest.mark.parametrize("info", methods("adapter", supports={"quantized"}, variants=False))
+def test_merging_keeps_the_bias(info: MethodInfo, tiny_llama: Any) -> None:
+    # The layer that PEFT's HQQ backend makes of a merged weight has none.
+    model = tiny_llama(hidden_size=128, attention_bias=True)
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.q_proj.bias)
+    config = settings(info, target_modules=["q_proj"], init_weights=False)
+    adapted = get_peft_model(hqq_4bit(model), config)
+    expected, layers = logits(adapted), layers_of(adapted)
+    biases = [layer.get_base_layer().bias.clone() for layer in layers]
+    adapted.merge_adapter()
+    assert all(torch.equal(one.get_base_layer().bias, bias) for one, bias in zip(layers, biases, strict=True))
+    adapted.unmerge_adapter()
+    assert torch.equal(logits(adapted), expected)
+
+
 class Unreadable:
     """A backend as PEFT has them for GPTQ and the like: forward only."""
 
