@@ -5,7 +5,8 @@ Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 60] [--blocks
 
 The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread. Each callback takes turns with a
 run without one within one process, a step each (`_pairing.py`); the arm "plain" is two runs without one, and
-shows what the measurement itself can tell apart.
+shows what the measurement itself can tell apart. Beside it stands what the ratio would be if the callback
+cost nothing but the time in its own functions, from a profile (`_inside.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _inside import Profile
 from _lab import fit, functions, save_json, table
-from _pairing import COLUMNS, HEADS, Lane, compared, decides, in_turns
+from _pairing import COLUMNS, HEADS, compared, decides, in_turns
+from transformers import TrainerCallback
 
+import hf_ext
 from hf_ext import callbacks
 
 # Of the ratio to the step without the callback.
 BAR = 1.005
 PLAIN = "plain"
+# A test of the adaptive batch size comes in ten updates at the least often.
+PROFILED = 40
 ARMS: dict[str, Any] = {
     PLAIN: list,
     "infinite_lr": lambda: [callbacks.InfiniteLRCallback()],
@@ -45,10 +51,10 @@ def _adaptive(interval: int) -> Any:
     return callbacks.AdaptiveBatchSizeCallback(batch_max=16, eta=1e9, test_interval=interval)
 
 
-def training(arm: str, folder: Path) -> Callable[[Lane, int], Any]:
-    """Return what trains the embedded model with an arm's callbacks for some steps."""
+def training(arm: str, folder: Path) -> Callable[[TrainerCallback, int], Any]:
+    """Return what trains the embedded model with an arm's callbacks, after a given one, for some steps."""
 
-    def train(lane: Lane, steps: int) -> None:
+    def train(first: TrainerCallback, steps: int) -> None:
         corpus = functions()
         fit(
             corpus.train,
@@ -57,13 +63,21 @@ def training(arm: str, folder: Path) -> Callable[[Lane, int], Any]:
             seed=0,
             max_steps=steps,
             batch_size=4,
-            callbacks=[lane, *ARMS[arm]()],
+            callbacks=[first, *ARMS[arm]()],
             folder=folder,
             evaluate=False,
             gradient_accumulation_steps=2,
         )
 
     return train
+
+
+def inside(arm: str, folder: Path, warm_up: int) -> float:
+    """Return 1 / (1 - s) for the share s of a step's processor time in the callback's own functions."""
+    profile = Profile(warm_up, PROFILED)
+    training(arm, folder)(profile, warm_up + PROFILED + 1)
+    package = Path(hf_ext.__file__).parent
+    return 1.0 / (1.0 - profile.share([package / "callbacks", package / "_compat", package / "core"]))
 
 
 def main() -> None:
@@ -82,11 +96,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             plain, other = (training(which, Path(folder)) for which in (PLAIN, arm))
             figures = compared(in_turns(plain, other, options.pairs, options.warm_up, options.blocks))
+            figures["inside"] = inside(arm, Path(folder), options.warm_up)
         results[arm] = {**figures, "bar": BAR, "is": decides(figures, BAR)}
         shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in results[arm].items()}
         print(arm, shown, flush=True)
-    rows = [[arm, *(f"{row[key]:.4f}" for key in COLUMNS), row["is"]] for arm, row in results.items()]
-    print(table(rows, ["callback", *HEADS, f"{BAR}"]))
+    columns = (*COLUMNS, "inside")
+    rows = [[arm, *(f"{row[key]:.4f}" for key in columns), row["is"]] for arm, row in results.items()]
+    print(table(rows, ["callback", *HEADS, "by its own functions", f"{BAR}"]))
     if options.out:
         save_json(options.out, {"pairs_of_steps": options.pairs, "callbacks": results})
 

@@ -1,13 +1,16 @@
-"""The benchmarks' comparison of two training loops: turns, times, and what is told of the ratios."""
+"""The comparison of two training loops in benchmarks: turns, times, ratios, and the time in functions of ours."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import _inside as inside
 from benchmarks import _pairing as pairing
 
 
@@ -64,3 +67,46 @@ def test_figures_of_ratios_by_hand() -> None:
     assert pairing.decides({"process_ratio_low": 0.99, "process_ratio_high": 1.01}, 1.02) == "below"
     assert pairing.decides({"process_ratio_low": 1.03, "process_ratio_high": 1.05}, 1.02) == "above"
     assert pairing.decides({"process_ratio_low": 1.01, "process_ratio_high": 1.03}, 1.02) == "open"
+
+
+# The time in functions of one's own ---------------------------------------------------------------
+
+
+def test_the_share_of_functions_of_one_s_own() -> None:
+    step, own, helper = (
+        ("/other/trainer.py", 1, "step"),
+        ("/ours/a.py", 1, "own"),
+        ("/ours/b.py", 9, "helper"),
+    )
+    wrapper, product, clock = (torch.__file__, 5, "no_grad"), ("~", 0, "mm"), ("~", 0, "time")
+    # By function: calls, primitive calls, own seconds, seconds with all it calls, and the same by caller.
+    stats: Any = SimpleNamespace(
+        stats={
+            step: (1, 1, 4.0, 10.0, {}),
+            own: (1, 1, 1.0, 5.0, {step: (1, 1, 1.0, 5.0)}),
+            helper: (1, 1, 0.5, 0.5, {wrapper: (1, 1, 0.5, 0.5)}),  # called back by torch
+            wrapper: (2, 2, 1.0, 4.0, {own: (1, 1, 0.5, 3.0), step: (1, 1, 0.5, 1.0)}),
+            product: (9, 9, 2.5, 2.5, {wrapper: (8, 8, 2.0, 2.0), step: (1, 1, 0.5, 0.5)}),
+            clock: (2, 1, 1.0, 1.0, {clock: (1, 1, 0.5, 0.5), own: (1, 1, 0.5, 0.5)}),
+        }
+    )
+    # Of torch's wrapper 3 of 4 seconds are ours, of the product that share of 2 in 2.5, of the clock what it
+    # does not do for itself.
+    counted = 1.0 + 0.5 + 0.75 * 1.0 + (0.75 * 2.0 / 2.5) * 2.5 + 0.5 * 1.0
+    found = inside.share_of(stats, lambda name: name.startswith("/ours"))
+    assert found == pytest.approx(counted / 10.0)
+    assert inside.share_of(stats, lambda name: name == "nobody's") == 0.0
+
+
+def test_a_profile_of_a_loop_leaves_out_what_the_loop_does() -> None:
+    def busy() -> None:
+        until = time.process_time() + 0.01
+        while time.process_time() < until:
+            torch.ones(100).sum()
+
+    profile = inside.Profile(1, 2)
+    for step in range(4):
+        profile.on_step_begin(None, SimpleNamespace(global_step=step), None)
+        busy()
+    assert profile.share([Path(__file__).parent]) > 0.9
+    assert profile.share([Path("/nowhere")]) == 0.0
