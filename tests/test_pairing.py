@@ -1,4 +1,4 @@
-"""The comparison of two training loops in benchmarks: turns, times, ratios, and the time in functions of ours."""
+"""Comparing two training loops in benchmarks: turns, times, ratios, and the time in functions of ours."""
 
 from __future__ import annotations
 
