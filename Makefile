@@ -13,6 +13,11 @@ STUDIES := refined_linear_decay infinite_lr annealing_law adaptive_batch_size co
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hf-ext-installed
 RUNNABLE := $(VENV)/.hf-ext-runnable
+# DeepSpeed for its test, beside the environment: accelerate and transformers import it in every process that can find
+# it. Without dependencies, of which the environment has the others, and without its kernels, so that no compiler is used.
+ASIDE := $(VENV)/aside
+DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4
+DEEPSPEED_READY := $(ASIDE)/.$(subst ==,-,$(firstword $(DEEPSPEED)))
 # One thread per test process: with several at once more would only wait for one another. The tests of a module
 # go to one process, so that what its fixtures train is trained once.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -23,7 +28,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(INSTALLED) ## make $(VENV) with the library and its development tools
+install: $(INSTALLED) $(DEEPSPEED_READY) ## make $(VENV) with the library and its development tools
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +38,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install -e ".[dev,plot]"
 	touch $(RUNNABLE) $@
+
+$(DEEPSPEED_READY): | $(INSTALLED)
+	rm -rf $(ASIDE)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-deps --target $(ASIDE) $(DEEPSPEED)
+	touch $@
 
 # What a user has: without the tools, and without the quantization packages, which slow every import of PEFT.
 $(RUNNABLE): pyproject.toml | $(BIN)/python

@@ -20,6 +20,7 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
     disable_dropout_in_model,
+    maybe_gather_lm_head_ctx,
     pad,
     use_adapter,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "disable_gradient_checkpointing",
     "is_conversational",
     "is_vllm_available",
+    "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",
     "prepare_fsdp",
@@ -50,6 +52,7 @@ SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "_precompute_ref_logps": ("dataset", "name", "batch_size"),
         "_compute_loss": ("model", "inputs", "return_outputs"),
         "_save_checkpoint": ("model", "trial"),
+        "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
         "_load_optimizer_and_scheduler": ("checkpoint",),
         "_get_output_dir": ("trial",),
     },

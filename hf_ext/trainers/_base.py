@@ -192,6 +192,22 @@ def own_args(trainer: Any, args: Any) -> Any:
     return args
 
 
+def zero_stage(trainer: Any) -> int:
+    """Return the stage of DeepSpeed's ZeRO that a trainer runs under, 0 without DeepSpeed too."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def place_for_deepspeed(trainer: Any) -> None:
+    """Put the model on the device before there is an engine, which Trainer leaves to DeepSpeed.
+
+    With stage 3 nothing is done: the model need not fit.
+    """
+    enabled = getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
+    if enabled and trainer.deepspeed is None and zero_stage(trainer) < 3:
+        trainer.model.to(trainer.args.device)
+
+
 # Data -------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ from .._compat.trl import (
     create_model_from_path,
     disable_gradient_checkpointing,
     is_conversational,
+    maybe_gather_lm_head_ctx,
     prepare_deepspeed,
     use_adapter,
 )
@@ -164,9 +165,6 @@ class TargetDistillationTrainer(DistillationTrainer):
             check(not self._is_vlm, "processing_class", "a processor", f"a tokenizer, for {TEACHER_PROMPT}")
             for field, rows in _named(train_dataset, eval_dataset):
                 self._check_teacher_room(rows, field)
-        if self.composes():
-            stage = getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0)
-            check(stage != 3, "DeepSpeed's stage", stage, "below 3: the teachers' heads are read whole")
 
     def _prepared(self, teacher: Any, field: str) -> Any:
         """Return a further teacher as TRL prepares the first."""
@@ -416,7 +414,11 @@ class TargetDistillationTrainer(DistillationTrainer):
 
     def _composed(self, student: States, teachers: Sequence[States]) -> tuple[Tensor, Tensor]:
         """Return the weighted KL(student || target) and the student's entropy, (N,) each."""
-        heads = [Projection.of(states) for states in (student, *teachers)]
+        models = (student, *teachers)
+        sharded: Any = [x for one in models for x in (one.head.weight, one.head.bias)]
+        # By DeepSpeed's stage 3; what is gathered here stays for as long as an operand refers to it.
+        with maybe_gather_lm_head_ctx(*sharded):
+            heads = [Projection.of(states) for states in models]
         stored: dict[str, Tensor] = {}
         count = len(student.hidden)
 
@@ -482,6 +484,7 @@ class Projection:
     def __init__(self, head: Head, dtype: torch.dtype) -> None:
         self.head = head
         self.operand = head.weight.detach().to(dtype)  # once, not for each piece
+        self.bias = None if head.bias is None else head.bias.detach().float()
 
     @classmethod
     def of(cls, states: States) -> Projection:
@@ -492,9 +495,8 @@ class Projection:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return logits (n, V) for hidden states (n, H)."""
-        logits: Any = _Project.apply(hidden, self.head.weight, self.operand)
-        if self.head.bias is not None:
-            logits = logits + self.head.bias.float()
+        given = (self.head.weight, self.head.bias, self.operand, self.bias)
+        logits: Any = _Project.apply(hidden, *given)
         logits = logits * self.head.scale
         if self.head.softcap is not None:
             logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
@@ -502,22 +504,31 @@ class Projection:
 
 
 class _Project(torch.autograd.Function):
-    """hidden (n, H) times weight (V, H) transposed, in fp32; `operand` is the weight in another precision."""
+    """hidden (n, H) times weight (V, H) transposed, plus bias (V,) if any, in fp32.
+
+    `weight` and `bias` take the gradients alone; what is computed with are `operand`, the weight in another
+    precision, and `added`, the bias in fp32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, operand: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, added: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(hidden, operand)
-        ctx.dtype = weight.dtype
-        return _product(hidden.to(operand.dtype), operand.t())
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        logits = _product(hidden.to(operand.dtype), operand.t())
+        return logits if added is None else logits + added
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, operand = ctx.saved_tensors
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(0).to(ctx.dtypes[1])
         grad = grad.to(operand.dtype)
-        of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = _product(grad.t(), hidden.to(operand.dtype)).to(ctx.dtype)
-        return _product(grad, operand).to(hidden.dtype), of_weight, None
+            of_weight = _product(grad.t(), hidden.to(operand.dtype)).to(ctx.dtypes[0])
+        return _product(grad, operand).to(hidden.dtype), of_weight, of_bias, None, None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

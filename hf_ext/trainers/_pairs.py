@@ -1,4 +1,4 @@
-"""Which two of a prompt's scored completions make a pair, as functions of tensors."""
+"""Which two of a prompt's scored completions make a pair, and what scores show, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -97,3 +97,33 @@ def best_of_n_kl(n: int) -> float:
     """
     check(n >= 1, "n", n, "at least 1")
     return math.log(n) - (n - 1) / n
+
+
+def round_figures(scores: Tensor, lengths: Tensor, pairs: Pairs) -> dict[str, float]:
+    """Return what a round's sampling has shown.
+
+    Args:
+        scores: (P, n) rewards; NaN where there is none.
+        lengths: (P, n) tokens.
+        pairs: The pairs made of them.
+
+    Returns:
+        Means over prompts; those over pairs are left out where there is no pair.
+    """
+    known = scores[~scores.isnan()]
+    keep = pairs.keep
+    some = (~scores.isnan()).any(dim=1)
+    figures = {
+        "mean_reward": known.mean().item(),
+        "top1_reward": scores[some].nan_to_num(nan=-torch.inf).amax(dim=1).mean().item(),
+        "worst_reward": scores[some].nan_to_num(nan=torch.inf).amin(dim=1).mean().item(),
+        "pairs": float(keep.sum()),
+        "dropped": float((~keep).sum()),
+        "mean_length": lengths.float().mean().item(),
+    }
+    if keep.any():
+        for name, place in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
+            length = lengths[keep].gather(1, place[keep][:, None]).float().mean().item()
+            figures[f"mean_length_{name}"] = length
+        figures["pair_margin"] = pairs.margin[keep].mean().item()
+    return figures

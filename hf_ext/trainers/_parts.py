@@ -1,7 +1,8 @@
 """A process's own part of tensors that FSDP2 shards, on the CPU; of any other tensor the whole of it.
 
 Arithmetic that is the same for each number works on parts as on the whole. The rest is here: parts of files
-and files of parts, and sums over a model.
+and files of parts, sums over a model, and the fp32 copies that DeepSpeed trains in the place of a model's own
+tensors where those are of half precision.
 """
 
 from __future__ import annotations
@@ -105,3 +106,32 @@ def _copies(parameter: DTensor) -> int:
         if placement.is_replicate():
             found *= parameter.device_mesh.size(dimension)
     return found
+
+
+def fp32_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, on the CPU, what DeepSpeed's optimizer trains for each of some tensors (a collective).
+
+    Args:
+        parameters: Tensors of a model that DeepSpeed's stage 0, 1 or 2 trains, by name.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
+
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        held = safe_get_full_fp32_param(parameter)
+        check(held is not None, name, "not trained by DeepSpeed", "one of its optimizer's tensors")
+        found[name] = held.detach().cpu().clone()
+    return found
+
+
+def put_fp32_copies(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Overwrite what DeepSpeed's optimizer trains, whose rounding the tensors themselves must be already.
+
+    Args:
+        parameters: As for `fp32_copies`.
+        values: Whole tensors by the same names.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param  # pyright: ignore[reportMissingImports]
+
+    for name, parameter in parameters.items():
+        safe_set_full_fp32_param(parameter, values[name].to(parameter.device, torch.float32))

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .._compat.trl import disable_gradient_checkpointing, use_adapter
+from .._compat.trl import disable_gradient_checkpointing, prepare_deepspeed, use_adapter
+from ._base import place_for_deepspeed, zero_stage
 
 # Keys of a batch that no model takes.
 NOT_FOR_THE_MODEL = frozenset({"completion_mask", "labels"})
@@ -40,6 +41,14 @@ def reference_model(trainer: Any) -> Generator[Any]:
         context,
     ):
         yield model if frozen is None else frozen
+
+
+def before_training(trainer: Any) -> Any:
+    """Return what computes with a trainer's model before it trains, which DeepSpeed's stage 3 shards."""
+    place_for_deepspeed(trainer)
+    if zero_stage(trainer) < 3:
+        return trainer.model
+    return prepare_deepspeed(trainer.model, trainer.accelerator)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,14 @@ The reference is fixed within a round, so its log-probabilities are computed onc
 `reference="round_start"` by the policy itself: no second model is kept, and any adapter type will do.
 
 Under FSDP2 the model is sharded before anything is computed with it, and each process keeps its own part of
-the policies; files hold whole tensors.
+the policies; files hold whole tensors. Under DeepSpeed each round has a new engine; where that computes in
+half precision, policies are what its optimizer holds in fp32, and the model has their rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import shutil
@@ -44,9 +46,18 @@ from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.files import read_tensors, write_tensors
 from ..core.state import ROUNDS_FILE
-from ._base import MethodTrainer, check_columns, check_filled, check_map, map_rows, own_args
-from ._pairs import SELECTIONS, Pairs, select_pairs
-from ._parts import own_part, part_of_whole, put_part, whole_tensors
+from ._base import (
+    MethodTrainer,
+    check_columns,
+    check_filled,
+    check_map,
+    map_rows,
+    own_args,
+    place_for_deepspeed,
+    zero_stage,
+)
+from ._pairs import SELECTIONS, round_figures, select_pairs
+from ._parts import fp32_copies, own_part, part_of_whole, put_fp32_copies, put_part, whole_tensors
 from ._reference import evaluation_mode, reference_model
 from ._rewards import call_rewards, check_rewards
 from ._round_files import (
@@ -246,8 +257,11 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self._kept_optimizer: dict[str, Tensor] | None = None
         self._initial: dict[str, Tensor] | None = None  # the policy that `train` was first called with
         self._round_start: dict[str, Tensor] | None = None
+        self._wide: dict[str, Tensor] | None = None  # the policy, where the model holds its rounding alone
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *more, **kwargs)
         self._check_sharding()
+        if self.is_deepspeed_enabled:  # as given: a round fills in its own number of steps
+            self._deepspeed_scheduler = copy.deepcopy(self._deepspeed().config.get("scheduler"))
         self.prompts = cast(Dataset, self.train_dataset)
         self.precompute_ref_logps = True
         self._check_room()
@@ -261,18 +275,22 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self.sampler = Sampler(self, args.sampling_settings())
         self.round = 0
         if not args.precompute_ref_log_probs:  # else TRL's construction has asked for it
+            if self.is_deepspeed_enabled:
+                self._shard()
             held_out = {name: self.with_reference(rows) for name, rows in _named(self.eval_dataset).items()}
             self.eval_dataset = held_out if isinstance(self.eval_dataset, dict) else held_out.get("eval")
 
     # Sharding -------------------------------------------------------------------------------------
 
     def _check_sharding(self) -> None:
-        check(
-            not self.is_deepspeed_enabled,
-            "DeepSpeed",
-            True,
-            "off: rounds read and write weights between them, which they can under DDP and FSDP2",
-        )
+        stage = zero_stage(self)
+        rule = "below 3 for rounds: they read and write whole weights between them"
+        check(stage < 3, "DeepSpeed's zero_optimization.stage", stage, rule)
+        rule = "1 or 2 for rounds in bf16 or fp16: policies are what its optimizer holds in fp32"
+        check(stage > 0 or not self.rounds_weights(), "DeepSpeed's zero_optimization.stage", stage, rule)
+        kept = self.is_deepspeed_enabled and not self.args.reset_optimizer
+        rule = "True with DeepSpeed, whose optimizer is made anew for each round"
+        check(not kept, "reset_optimizer", False, rule)
         if not self.is_fsdp_enabled:
             return
         plugin: Any = self.accelerator.state.fsdp_plugin
@@ -282,7 +300,9 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         check(not plugin.activation_checkpointing, "fsdp_config's activation_checkpointing", True, rule)
 
     def _shard(self) -> None:
-        """Let FSDP2 shard the model now and not in the first round's training; else do nothing."""
+        """Let FSDP2 or DeepSpeed lay out the model now and not in the first round's training."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            self._place_for_deepspeed()
         if not self.is_fsdp_enabled or isinstance(self.model, FSDPModule):
             return
         self._check_sharding()  # a construction computes the reference of held-out pairs
@@ -291,6 +311,39 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self.model, _ = self.accelerator.prepare(self.model, unused)
         self.model_wrapped = self.callback_handler.model = self.model
         register_fsdp_forward_method(self.model, "generate")
+
+    def _place_for_deepspeed(self) -> None:
+        """Put the model where DeepSpeed will have it, and in its precision."""
+        self._check_sharding()
+        place_for_deepspeed(self)
+        if self.rounds_weights() and self._wide is None:
+            self._wide = {name: own_part(p).float() for name, p in self.policy_parameters().items()}
+            self.model.to(self._deepspeed().dtype())
+
+    def _deepspeed(self) -> Any:
+        return cast(Any, self.accelerator.state).deepspeed_plugin.hf_ds_config
+
+    def rounds_weights(self) -> bool:
+        """Return whether the model holds, by DeepSpeed's bf16 or fp16, no more than a policy's rounding."""
+        return self.is_deepspeed_enabled and self._deepspeed().dtype() != torch.float32
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Make the engine as Trainer does, and let its optimizer begin with the policy, not its rounding."""
+        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._wide is not None and resume_from_checkpoint is None:
+            put_fp32_copies(self.policy_parameters(), self._wide)
+        return found
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does, which for DeepSpeed needs an engine: there may be none of it."""
+        if not self.is_deepspeed_enabled or self.model_wrapped is not self.model:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # Data -----------------------------------------------------------------------------------------
 
@@ -398,6 +451,8 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
 
     def policy_state(self) -> dict[str, Tensor]:
         """Return copies of the policy's tensors on the CPU, of sharded ones this process's part."""
+        if self._wide is not None:
+            return dict(self._wide)
         return {name: own_part(p) for name, p in self.policy_parameters().items()}
 
     def read_policy(self, path: Path) -> dict[str, Tensor]:
@@ -419,15 +474,20 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         """
         for name, parameter in self.policy_parameters().items():
             put_part(parameter, state[name])
+        if self._wide is not None:
+            self._wide = dict(state)
 
     @contextlib.contextmanager
     def _as_policy(self, state: Mapping[str, Tensor]) -> Generator[None]:
+        # What the model itself holds is put back: in the middle of a round it has left `_wide` behind.
+        wide, self._wide = self._wide, None
         kept = self.policy_state()
         self.load_policy(state)
         try:
             yield
         finally:
             self.load_policy(kept)
+            self._wide = wide
 
     def begin_rounds(self, run: Path, last: int) -> None:
         """Take up what a method keeps between rounds; `last` is the last round done, or -1."""
@@ -661,14 +721,21 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         self.train_dataset = rows
         if self.args.reset_optimizer:
             self.optimizer = None
+        if self.is_deepspeed_enabled:
+            self.model_wrapped = self.model  # for an engine of this round
+            if self._deepspeed_scheduler is not None:
+                self._deepspeed().config["scheduler"] = copy.deepcopy(self._deepspeed_scheduler)
         self.args.output_dir = str(folder)
         self._round_start = self.policy
         at_start = self.args.eval_on_start
         self.args.eval_on_start = at_start and checkpoint is None
         try:
-            return super().train(checkpoint, trial, ignore)
+            output = super().train(checkpoint, trial, ignore)
         finally:
             self.args.eval_on_start = at_start
+        if self._wide is not None:
+            self._wide = fp32_copies(self.policy_parameters())
+        return output
 
     def _finish_round(self, run: Path, folder: Path, progress: Progress, *, trained: bool) -> None:
         self.args.output_dir = str(run)
@@ -718,7 +785,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         return {"kl_to_reference": (now - then).mean().item()}
 
 
-# Rows and figures -------------------------------------------------------------------------------------------
+# Rows -------------------------------------------------------------------------------------------------------
 
 
 def _named(rows: Any) -> dict[str, Dataset]:
@@ -727,33 +794,3 @@ def _named(rows: Any) -> dict[str, Dataset]:
 
 def _without_reference(rows: Dataset) -> Dataset:
     return rows.remove_columns([name for name in _REFERENCE if name in rows.column_names])
-
-
-def round_figures(scores: Tensor, lengths: Tensor, pairs: Pairs) -> dict[str, float]:
-    """Return what a round's sampling has shown.
-
-    Args:
-        scores: (P, n) rewards; NaN where there is none.
-        lengths: (P, n) tokens.
-        pairs: The pairs made of them.
-
-    Returns:
-        Means over prompts; those over pairs are left out where there is no pair.
-    """
-    known = scores[~scores.isnan()]
-    keep = pairs.keep
-    some = (~scores.isnan()).any(dim=1)
-    figures = {
-        "mean_reward": known.mean().item(),
-        "top1_reward": scores[some].nan_to_num(nan=-torch.inf).amax(dim=1).mean().item(),
-        "worst_reward": scores[some].nan_to_num(nan=torch.inf).amin(dim=1).mean().item(),
-        "pairs": float(keep.sum()),
-        "dropped": float((~keep).sum()),
-        "mean_length": lengths.float().mean().item(),
-    }
-    if keep.any():
-        for name, place in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
-            length = lengths[keep].gather(1, place[keep][:, None]).float().mean().item()
-            figures[f"mean_length_{name}"] = length
-        figures["pair_margin"] = pairs.margin[keep].mean().item()
-    return figures

@@ -38,6 +38,7 @@ from .._compat.trl import (
 )
 from ..core import dist
 from ..core.checks import check, check_choice
+from ._base import place_for_deepspeed, zero_stage
 from ._reference import evaluation_mode
 
 Prompt = str | list[dict[str, Any]]
@@ -222,7 +223,9 @@ class Sampler:
         temperature = settings.temperature if temperature is None else temperature
         check(temperature >= 0, "temperature", temperature, "at least 0")
         prompts = [list(ids) for ids in prompt_ids]
-        self._check_prompts(prompts, self.trainer.model if model is None else model, names)
+        # DeepSpeed's wrapper has a `config` of its own.
+        bare = self.trainer.accelerator.unwrap_model(self.trainer.model if model is None else model)
+        self._check_prompts(prompts, bare, names)
         if not prompts:
             return []
         if self.vllm is not None:
@@ -263,10 +266,10 @@ class Sampler:
     def _model(self, model: nn.Module | None) -> Generator[tuple[Any, bool]]:
         """Yield the bare model in evaluation mode, and whether processes have to call it together."""
         trainer, args = self.trainer, self.trainer.args
+        place_for_deepspeed(trainer)
         wrapped = trainer.model_wrapped if model is None else model
-        gathers = getattr(args, "ds3_gather_for_generation", True)
-        zero3 = getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3
-        synced = dist.is_distributed() and (trainer.is_fsdp_enabled or (zero3 and not gathers))
+        # Stage 3 has collectives in a forward of gathered weights too, until it knows the order of modules.
+        synced = dist.is_distributed() and (trainer.is_fsdp_enabled or zero_stage(trainer) == 3)
         summoned: Any = contextlib.nullcontext()
         if isinstance(wrapped, FullyShardedDataParallel):  # generation does not enter the root's own forward
             summoned = FullyShardedDataParallel.summon_full_params(wrapped, recurse=False)
@@ -274,7 +277,7 @@ class Sampler:
             unwrap_model_for_generation(
                 wrapped,  # pyright: ignore[reportArgumentType]
                 trainer.accelerator,
-                gather_deepspeed3_params=gathers,
+                gather_deepspeed3_params=getattr(args, "ds3_gather_for_generation", True),
                 gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             ) as policy,
             torch.no_grad(),

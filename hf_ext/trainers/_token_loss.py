@@ -385,12 +385,13 @@ class Head:
 
         Args:
             model: The causal language model, unwrapped; a PeftModel or not.
-            detach: Whether the tensors take no gradients, and stay these when the parameters get others.
+            detach: Whether the tensors take no gradients, and stay these when the parameters get others; not
+                where DeepSpeed's stage 3 shards them, which brings parameters together alone.
         """
         causal = _causal(model)
         layer, config = causal.get_output_embeddings(), causal.config.get_text_config()
         weight, bias = layer.weight, getattr(layer, "bias", None)
-        if detach:
+        if detach and not hasattr(weight, "ds_id"):
             weight, bias = weight.detach(), None if bias is None else bias.detach()
             if any(isinstance(module, FSDPModule) for module in causal.modules()):
                 # What FSDP gathered for the forward, it gives back.

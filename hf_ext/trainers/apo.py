@@ -146,8 +146,8 @@ class APOTrainer(RoundsTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._whole_layers: WholeLayers | None = None
         self._gave_back = False
-        super().__init__(*args, **kwargs)
         self._original: dict[str, Tensor] | None = None
+        super().__init__(*args, **kwargs)
         self._opposed = 0
         self._set_up()
 
@@ -165,8 +165,12 @@ class APOTrainer(RoundsTrainer):
             weights = dict(base_weights(folded_layers(model)))
         coarse = sorted({str(p.dtype) for p in weights.values()} - {"torch.float32"})
         rule = "torch.float32 (in a recipe `dtype: float32`); bf16=True computes in bf16"
-        check(not coarse, "the dtype of the weights to extrapolate", coarse, rule)
+        # Half precision of DeepSpeed is that of the model alone, not of the policies.
+        check(not coarse or self.rounds_weights(), "the dtype of the weights to extrapolate", coarse, rule)
         if folds:
+            half = str(self._deepspeed().dtype()) if self.rounds_weights() else None
+            rule = "none with an adapter: it rounds the base that each round's adapter is folded into"
+            check(half is None, "DeepSpeed's bf16 or fp16", half, rule)
             reference, reset = self.args.reference, self.args.reset_optimizer
             check(reference == "round_start", "reference", reference, "'round_start' with an adapter")
             check(reset, "reset_optimizer", reset, "True with an adapter: each round has a fresh one")

@@ -48,7 +48,15 @@ from ._anchors import (
     with_prefix,
     without,
 )
-from ._base import Inputs, MethodTrainer, check_columns, check_filled, map_rows, register_trainer
+from ._base import (
+    Inputs,
+    MethodTrainer,
+    check_columns,
+    check_filled,
+    map_rows,
+    register_trainer,
+    zero_stage,
+)
 from ._log_ratios import LogRatios, LogRatioTrainer
 from ._reference import reference_model
 from ._sampling import Sampler, SamplingSettings, VLLMArguments, seed_of, tokenize_prompts
@@ -221,9 +229,9 @@ class D2OTrainer(MethodTrainer, LogRatioTrainer):
         self._constructed = False
         super().__init__(model, ref_model, args, *positional, **keywords)
         _distinct_references(self.model, self.ref_model)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        small = self.args.anchor_microbatch
-        check(small is None or not sharded, "anchor_microbatch", small, "None with FSDP and DeepSpeed")
+        sharded = self.is_fsdp_enabled or zero_stage(self) == 3
+        small, rule = self.args.anchor_microbatch, "None with FSDP and with DeepSpeed's stage 3"
+        check(small is None or not sharded, "anchor_microbatch", small, rule)
         self._constructed = True
         self.add_callback(_Sampling(self))
 

@@ -250,9 +250,6 @@ class PacedDistillationTrainer(MethodTrainer, TargetDistillationTrainer):
         self._figures: dict[str, float] = {}
         self._restored = False
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, *positional, **keywords)
-        two = 0 < args.stage_split < 1
-        resets = two and args.reset_optimizer and self.is_deepspeed_enabled
-        check(not resets, "reset_optimizer", True, "False with DeepSpeed, which keeps the moments itself")
         self._sampler: Sampler | None = None
         if self.weighted and self.reward_funcs is not None:
             self._sampler = Sampler(self, args.sampling_settings())

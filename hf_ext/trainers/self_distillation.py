@@ -36,7 +36,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
-from ._base import Inputs, MethodTrainer, Neutral, register_trainer
+from ._base import Inputs, MethodTrainer, Neutral, register_trainer, zero_stage
 from ._reference import model_inputs
 from ._snapshots import HeldWeights, TopKCache
 from ._token_loss import (
@@ -241,6 +241,12 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
         check(not closed or hasattr(given, "select"), "eval_dataset", type(given).__name__, rule)
         if args.pskd_alpha == 1.0 and not closed:
             warnings.warn("pskd_alpha is 1: the ground truth has no weight in the end", stacklevel=2)
+        stage = zero_stage(self)
+        rule = "below 3 unless pskd_alpha is 0: the teacher stands in for whole weights"
+        fits = stage < 3 or (args.pskd_alpha == 0 and not closed)
+        check(fits, "DeepSpeed's zero_optimization.stage", stage, rule)
+        rule = "'linear' or 'constant' with DeepSpeed, which Accelerate gives one run of a process alone"
+        check(not (closed and self.is_deepspeed_enabled), "pskd_schedule", args.pskd_schedule, rule)
         self._refreshes = 0
         self._mixing: float | None = None  # alpha by the closed form
         self._held: HeldWeights | None = None

@@ -37,8 +37,16 @@ from ..adapters._data_start import awaits_data
 from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
-from ._base import Inputs, MethodTrainer, check_columns, check_filled, check_map, register_trainer
-from ._reference import evaluation_mode, model_inputs, sum_of_tokens, token_logps
+from ._base import (
+    Inputs,
+    MethodTrainer,
+    check_columns,
+    check_filled,
+    check_map,
+    register_trainer,
+    zero_stage,
+)
+from ._reference import before_training, evaluation_mode, model_inputs, sum_of_tokens, token_logps
 from ._snapshots import HeldWeights, trained_tensors
 from ._token_loss import (
     ROW,
@@ -331,6 +339,9 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
             field = "retain_loss='kl'" if self._needs_distribution() else "precompute_ref=False"
             rule = "started from its data before the trainer is made: the reference is a copy of the start"
             check(not awaits_data(self._unwrapped()), f"the adapter, with {field},", "waiting", rule)
+            stage = zero_stage(self)
+            rule = f"below 3 with {field}, which keeps a copy of the weights"
+            check(stage < 3, "DeepSpeed's zero_optimization.stage", stage, rule)
             self._reference = HeldWeights(self._unwrapped(), field)
         if args.unlearn_loss == "npo" and args.precompute_ref:
             self._ref_logps = self._log_likelihoods()
@@ -393,22 +404,28 @@ class UnlearningTrainer(MethodTrainer, TokenLossTrainer):
 
     def _log_likelihoods(self) -> Tensor:
         """Return the log-probabilities of the forget rows by number, fp32, under the model as it is now."""
-        rows, model = cast(Any, self.train_dataset), cast(Any, self.model)
-        size = self.args.per_device_train_batch_size
-        trained_tensors(self._unwrapped(), "precompute_ref")  # raises where they are sharded
+        rows, size = cast(Any, self.train_dataset), self.args.per_device_train_batch_size
+        sharded = zero_stage(self) == 3
+        if not sharded:
+            trained_tensors(self._unwrapped(), "precompute_ref")  # raises where FSDP1 shards them
+        model = before_training(self)
         total = torch.zeros(1 + max(rows[ROW]), device=self.args.device)
         # Before it shards a model, FSDP may have its weights on the first process alone.
         ranks, rank = (1, dist.rank()) if self.is_fsdp_enabled else (dist.world_size(), dist.rank())
         own = range(len(rows))[rank::ranks] if rank < ranks else range(0)
+        turns = -(-len(range(0, len(rows), ranks) if sharded else own) // size)
         with evaluation_mode(model), torch.no_grad():
-            for start in range(0, len(own), size):
-                found = rows.select(own[start : start + size])
+            for turn in range(turns):
+                mine = own[turn * size : (turn + 1) * size]
+                # Stage 3 gathers within each call: processes without a batch call too.
+                found = rows.select(mine or [0])
                 wanted = [{name: row[name] for name in ("input_ids", "labels")} for row in found]
                 batch = self.unlearn_collator.inner(wanted)
                 batch = {name: value.to(self._unwrapped().device) for name, value in batch.items()}
                 with self.compute_loss_context_manager():
                     logps = token_logps(model, model_inputs(batch), batch["labels"])
-                total[torch.tensor(found[ROW])] = sum_of_tokens(logps).to(total.device)
+                if mine:
+                    total[torch.tensor(found[ROW])] = sum_of_tokens(logps).to(total.device)
         return dist.all_reduce_sum_(total).cpu()
 
     def state_dict(self) -> dict[str, Any]:

@@ -351,20 +351,18 @@ def test_what_a_round_cannot_use_is_refused(tmp_path: Path) -> None:
     [
         ({"fsdp_version": 1, "activation_checkpointing": False}, "fsdp_config's version"),
         ({"fsdp_version": 2, "activation_checkpointing": True}, "activation_checkpointing"),
-        (None, "DeepSpeed"),
     ],
 )
 def test_sharding_that_rounds_cannot_read_is_refused(
-    sharding: dict[str, Any] | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sharding: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = DPOTrainer.__init__
 
     def sharded(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        self.is_deepspeed_enabled, self.is_fsdp_enabled = sharding is None, sharding is not None
-        if sharding is not None:
-            plugin = SimpleNamespace(**sharding)
-            monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        self.is_fsdp_enabled = True
+        plugin = SimpleNamespace(**sharding)
+        monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", plugin, raising=False)
 
     monkeypatch.setattr(DPOTrainer, "__init__", sharded)
     with pytest.raises(ValueError, match=name):
