@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,14 @@ from ._operands import Stored, Workspace
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# Further tensors with a row for each token, by the end of their names, a whole name with a dot before it.
+_ROWS = (
+    *(".shared.weight", ".tok_embeddings.weight", ".embeddings.weight", ".embed_tokens_per_layer.weight"),
+    *(".lm_head.weight", ".lm_head.bias", ".lm_head.decoder.weight", ".lm_head.decoder.bias"),
+    *(".predictions.bias", ".predictions.decoder.weight", ".predictions.decoder.bias"),
+)
+# Where a size that is that of the vocabulary by chance is no sign of rows of tokens.
+_ELSEWHERE = re.compile(r"\.(layers?|h|blocks?)\.\d+\.|norm|\bln_|_ln\b|position|\bwpe\b", re.IGNORECASE)
 _MEAN = -1  # in the place of a model's number
 
 
@@ -172,6 +181,9 @@ def match(
     alike = all(one is None or one == found[source] for one in found)
     if alike and all(one == rows[source] for one in rows):
         return None
+    if not names:
+        problems.append(f"tokens cannot be matched: no embedding is known in {models[source].label}")
+        return None
     lacking = [model.label for model, one in zip(models, found, strict=True) if one is None]
     if lacking:
         problems.append(f"tokens cannot be matched without a tokenizer, which is not in {', '.join(lacking)}")
@@ -180,13 +192,26 @@ def match(
         problems.append(
             f"tokens cannot be matched where embedding and head have unlike rows: {', '.join(uneven)}"
         )
-    if lacking or uneven:
+    unknown = [] if uneven else _unknown(entries, names, [one[0] for one in rows])
+    if unknown:
+        problems.append(
+            f"tokens cannot be matched: whether {', '.join(unknown)} has a row for each token is not known"
+        )
+    if lacking or uneven or unknown:
         return None
     return _matched(models, entries, names, [one or {} for one in found], [r[0] for r in rows], source, base)
 
 
 def _has_rows(name: str) -> bool:
-    return name in HEADS or name.endswith((*EMBEDDINGS, "lm_head.weight", "lm_head.bias"))
+    return name in HEADS or name.endswith(EMBEDDINGS) or f".{name}".endswith(_ROWS)
+
+
+def _unknown(entries: Sequence[Mapping[str, Entry]], names: frozenset[str], rows: Sequence[int]) -> list[str]:
+    """Return the tensors that may have something for each token, and are not among the known ones."""
+    held = {name for own in entries for name in own} - names
+    suspect = (name for name in sorted(held) if not _ELSEWHERE.search(f".{name}"))
+    each = list(zip(entries, rows, strict=True))
+    return [name for name in suspect if all(count in own[name].shape for own, count in each if name in own)]
 
 
 def _matched(

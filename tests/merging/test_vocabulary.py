@@ -218,6 +218,35 @@ def test_biases_of_heads_are_matched_and_excluded_tensors_are_the_references(tmp
         torch.testing.assert_close(found[key], (parts["a"] + weight * parts["b"]) / (1.0 + weight))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("shared.weight", "lm_head.weight"),  # T5
+        ("model.tok_embeddings.weight", "output.weight"),  # InternLM
+        ("backbone.embeddings.weight",),  # Mamba
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight", "cls.predictions.bias"),
+        ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.bias"),
+        ("model.embed_tokens.weight", "model.embed_tokens_per_layer.weight"),  # Gemma 3n
+    ],
+)
+def test_families_with_other_names(keys: tuple[str, ...], tmp_path: Path) -> None:
+    models = {name: tmp_path / name for name in "ab"}
+    for seed, (name, folder) in enumerate(models.items()):
+        rows = {key: rows_of(32, 8, seed + 3 * place) for place, key in enumerate(keys)}
+        rows = {key: value[:, 0].clone() if key.endswith("bias") else value for key, value in rows.items()}
+        # Sizes that are the vocabulary's by chance, in places where tokens have no rows.
+        more = {"model.layers.0.q_proj.weight": rows_of(32, 32, seed), "model.norm.weight": torch.ones(32)}
+        save_model(folder, {**rows, **more}, {"model_type": "llama", "vocab_size": 32})
+        give_words(folder, VOCABULARIES[name])
+    merge(recipe(models, "ab", "b"), tmp_path / "out", progress=False)
+    found = tensors_of(tmp_path / "out")
+    for key in keys:
+        parts = matched(models, "ab", "b", None, key)
+        torch.testing.assert_close(found[key], (parts["a"] + 0.5 * parts["b"]) / 1.5)
+    layers = [tensors_of(models[name])["model.layers.0.q_proj.weight"] for name in "ab"]
+    torch.testing.assert_close(found["model.layers.0.q_proj.weight"], (layers[0] + 0.5 * layers[1]) / 1.5)
+
+
 def test_slices_are_matched_too(models: dict[str, Path], tmp_path: Path) -> None:
     slices = [{"sources": [{"model": str(models[name]), "layer_range": [0, 1]}]} for name in "ab"]
     content = {"merge_method": "passthrough", "slices": slices, "tokenizer_source": str(models["b"])}
@@ -250,3 +279,10 @@ def test_what_cannot_be_matched_is_refused_by_name(models: dict[str, Path], tmp_
     write(models["a"], VOCABULARIES["d"], 0)
     (models["a"] / "tokenizer.json").unlink()
     refused("tokens cannot be matched without a tokenizer, which is not in a")
+    for name in "ab":  # of the same number of rows, so that nothing else would notice
+        write(models[name], VOCABULARIES[name], 1, more={"final_logits_bias": rows_of(1, 32, 1)})
+    refused("tokens cannot be matched: whether final_logits_bias has a row for each token is not known")
+    for name in "ab":
+        save_model(models[name], {"model.table": rows_of(32, 16, 1)}, {"model_type": "llama"})
+        give_words(models[name], VOCABULARIES[name])
+    refused("tokens cannot be matched: no embedding is known in b")
