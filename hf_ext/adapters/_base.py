@@ -312,6 +312,7 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
             self.unmerge()
         r = config.rank_of(self.module_name)
         self.check_rank(r, config)
+        self.check_bias(config.bias)
         shapes = self.shapes(r, config)
         values = self._values(r, config)
         device = self._base_device()
@@ -457,6 +458,7 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         """Return the bare base layer, merged or as it was; PEFT calls this where a layer has it."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.place_merged_biases()
         if not merge or not self.merged_adapters:  # nothing to merge here: give back what adapters have taken
             if self.merged:
                 self.unmerge()

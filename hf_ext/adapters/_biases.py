@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .._compat.peft import AuxiliaryTrainingWrapper, BaseTunerLayer
+from .._compat.peft import AuxiliaryTrainingWrapper, BaseTunerLayer, gather_params_ctx
 from ..core import dist
 from ..core.checks import check
 from ._injection import AtomicInjection
@@ -37,15 +37,13 @@ class TrainedBiases:
         self.name = name
         self.owners = list(owners)
         self.used = True  # whether what the adapter trained is in place
-        self.kept = [parameter.detach().clone() for parameter in self.parameters()]
+        parameters = self.parameters()
+        with gather_params_ctx(parameters, modifier_rank=None):
+            self.kept = [parameter.detach().clone() for parameter in parameters]
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters as the modules have them now, each (features,)."""
         return [cast(nn.Parameter, bias_of(owner)) for owner in self.owners]
-
-    def values(self) -> list[Tensor]:
-        """Return what the adapter has trained, in place or not."""
-        return [parameter.detach() for parameter in self.parameters()] if self.used else self.kept
 
     def place(self, used: bool, trains: bool | None = None) -> None:
         """Put the adapter's values in place, or the base's.
@@ -73,7 +71,12 @@ class TrainedBiases:
 
     def load(self, index: int, value: Tensor) -> None:
         """Take over one bias from a checkpoint."""
-        self.values()[index].copy_(value)
+        if not self.used:
+            self.kept[index].copy_(value)
+            return
+        parameter = self.parameters()[index]
+        with gather_params_ctx(parameter):
+            parameter.data.copy_(value)
 
 
 def bias_of(owner: nn.Module) -> nn.Parameter | None:
@@ -136,6 +139,22 @@ class HasBiases:
     merged_adapters: list[str]
     _disable_adapters: bool
 
+    def check_bias(self, choice: str) -> None:
+        """Check that this layer's own bias, if it has one, can be trained where an adapter asks for it.
+
+        Raises:
+            ValueError: It is no parameter, as in some kinds of quantized layers.
+        """
+        core: nn.Module = cast(Any, self).get_base_layer()
+        can = getattr(core, "bias", None) is None or bias_of(core) is not None
+        rule = f"'none' or 'all' here: the bias of a layer of type {type(core).__name__} is no parameter"
+        check(choice in ("none", "all") or can, "bias", choice, rule, where=cast(Any, self).module_name)
+
+    def uses(self, name: str) -> bool:
+        """Return whether an adapter is in use: merged or, where none is, active, and not switched off."""
+        in_use = self.merged_adapters or cast(Any, self).active_adapters
+        return not self._disable_adapters and name in in_use
+
     def place_biases(self, trains: bool | None = None) -> None:
         """Put the biases in place that go with the adapters in use.
 
@@ -143,8 +162,12 @@ class HasBiases:
             trains: Whether they are to be trained; None to leave that as it is.
         """
         if self.biases is not None:
-            in_use = self.merged_adapters or cast(Any, self).active_adapters
-            self.biases.place(not self._disable_adapters and self.biases.name in in_use, trains)
+            self.biases.place(self.uses(self.biases.name), trains)
+
+    def place_merged_biases(self) -> None:
+        """Put the biases in place that go with the merged adapters, also while adapters are switched off."""
+        if self.biases is not None and self.merged_adapters:
+            self.biases.place(self.biases.name in self.merged_adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, trained unless in inference mode; biases follow."""
@@ -177,9 +200,13 @@ class TrainsBiases(AtomicInjection):
         others = ", ".join(repr(biases.name) for biases in biases_on(self.model))
         rule = f"'none' beside adapter {others}, which trains biases already"
         check(not others, "bias", config.bias, rule)
-        absent = any(cast(Tensor, bias_of(owner)).is_meta for owner in bias_owners(self.model))
+        parameters = [cast(nn.Parameter, bias_of(owner)) for owner in bias_owners(self.model)]
+        absent = any(parameter.is_meta for parameter in parameters) or dist.awaits_broadcast()
         rule = "'none' where the base model's weights are loaded after the adapter"
-        check(not absent and not dist.awaits_broadcast(), "bias", config.bias, rule)
+        check(not absent, "bias", config.bias, rule)
+        with gather_params_ctx(parameters, modifier_rank=None):
+            empty = any(parameter.numel() == 0 for parameter in parameters)
+        check(not empty, "bias", config.bias, "'none' where biases are in parts on several processes already")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter into every target layer, and give it the biases that it trains."""
@@ -200,6 +227,7 @@ class TrainsBiases(AtomicInjection):
             warnings.warn(f"bias={config.bias!r}: there are no biases that could be trained", stacklevel=2)
         for layer, biases in found.items():
             layer.biases = biases
+            biases.used = layer.uses(adapter_name)  # its values are still the base's
             layer.place_biases(trains=not config.inference_mode)
 
     def disable_adapter_layers(self) -> None:
@@ -234,7 +262,7 @@ class TrainsBiases(AtomicInjection):
             return {}, dict(tensors)
         for key, (holder, index) in sorted(places.items()):
             check(key in biases, "bias", "none in the checkpoint", f"there for {key}")
-            wanted, shape = tuple(holder.values()[index].shape), tuple(biases[key].shape)
+            wanted, shape = tuple(holder.kept[index].shape), tuple(biases[key].shape)
             check(shape == wanted, key, shape, f"of shape {wanted}")
             if not bool(torch.isfinite(biases[key]).all()):
                 raise ValueError(f"the adapter checkpoint's {key} has NaN or infinite values")
@@ -247,7 +275,7 @@ class TrainsBiases(AtomicInjection):
         if config.bias == "none":
             return {}
         return {
-            key: state_dict[key] if biases.used else biases.values()[index]
+            key: state_dict[key] if biases.used else biases.kept[index]
             for key, (biases, index) in named_biases(model).items()
             if key in state_dict
         }

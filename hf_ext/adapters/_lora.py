@@ -115,6 +115,7 @@ class LoraStartConfig(LoraConfig):
 class LoraStartLayer(KeepsOriginal):
     """What is added to PEFT's LoRA layers; mixed in before them."""
 
+    merges_bias = True  # with lora_bias
     adapter_frozen_names: ClassVar[tuple[str, ...]] = ()
     adapter_layer_names: tuple[str, ...]
     module_name: str

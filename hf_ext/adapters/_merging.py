@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ class KeepsOriginal:
     PEFT unmerges by subtraction, which leaves rounding behind, and a second one on quantized weights.
     """
 
+    merges_bias: ClassVar[bool] = False
     merged_adapters: list[str]
     before_merge: Snapshot | None = None
 
@@ -26,6 +27,8 @@ class KeepsOriginal:
         """Return what `restore` needs; nothing is copied: the weight must be replaced, not written to."""
         core: nn.Module = cast(Any, self).get_base_layer()
         parameters = dict(core.named_parameters(recurse=False))
+        if not self.merges_bias:
+            parameters.pop("bias", None)  # other values of it may be put in place while the weight is merged
         plain = (type(p) is nn.Parameter and p.is_floating_point() for p in parameters.values())
         if parameters and all(plain):
             return {name: parameter.data for name, parameter in parameters.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_ext.adapters import BoneConfig
-from hf_ext.adapters._biases import bias_owners
+from hf_ext.adapters._biases import bias_owners, named_biases
 from tests.adapters.models import IDS, logits, steps
 
 WEIGHTS = "adapter_model.safetensors"
@@ -155,6 +158,105 @@ def test_the_base_comes_back_in_the_dtype_that_it_has_now(tiny_gpt2: Any) -> Non
     with model.disable_adapter():
         found = biases(model.base_model.model)
     assert all(torch.equal(v, wanted[k.replace("base_layer.", "")]) for k, v in found.items())
+
+
+@pytest.mark.parametrize("way", ["disabled", "unloaded"])
+def test_a_merged_model_that_is_cast_has_the_bases_biases_back(way: str, tiny_gpt2: Any) -> None:
+    model = trained(tiny_gpt2())
+    after = biases(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    base = tiny_gpt2(dtype=torch.bfloat16)
+    if way == "unloaded":
+        assert torch.equal(logits(model.unload()), logits(base))
+        return
+    for _ in range(2):
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(base))
+        assert all(torch.equal(v, after[name].bfloat16()) for name, v in biases(model).items())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_unloading_merged_from_a_disabled_adapter_keeps_what_was_trained(
+    merged: bool, tiny_gpt2: Any
+) -> None:
+    model = trained(tiny_gpt2())
+    after, wanted = biases(model), logits(model)
+    if merged:
+        model.merge_adapter()
+    model.base_model.disable_adapter_layers()
+    unloaded = model.merge_and_unload()
+    torch.testing.assert_close(logits(unloaded), wanted, atol=1e-5, rtol=1e-5)
+    names = {
+        name.replace("base_layer.", "").removeprefix("base_model.model."): v for name, v in after.items()
+    }
+    assert all(torch.equal(value, names[name]) for name, value in biases(unloaded).items())
+
+
+def test_unloading_another_adapter_merged_gives_the_bases_biases(tiny_gpt2: Any) -> None:
+    model = trained(tiny_gpt2())
+    model.add_adapter("second", config(bias="none", seed=3))
+    unloaded = model.merge_and_unload(adapter_names=["second"])
+    wanted = biases(tiny_gpt2())
+    assert all(torch.equal(value, wanted[name]) for name, value in biases(unloaded).items())
+
+
+def test_biases_in_parts_are_refused_before_the_model_is_touched(tiny_gpt2: Any) -> None:
+    model = tiny_gpt2()
+    model.transformer.ln_f.bias.data = torch.empty(0)
+    with pytest.raises(ValueError, match="bias must be 'none' where biases are in parts"):
+        get_peft_model(model, config())
+    assert not any("bone" in name for name in model.state_dict())
+
+
+class ZeRO3:
+    """DeepSpeed's ZeRO-3 as far as it matters here: parameters are empty but while they are gathered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.whole = {parameter: parameter.data for parameter in model.parameters()}
+        for parameter in self.whole:
+            parameter.data = torch.empty(0)
+
+    @contextmanager
+    def gather(self, given: Any, modifier_rank: int | None = 0) -> Iterator[None]:
+        chosen = [given] if isinstance(given, nn.Parameter) else list(given)
+        chosen = [parameter for parameter in chosen if parameter in self.whole]
+        for parameter in chosen:
+            whole = self.whole[parameter]
+            parameter.data = whole if modifier_rank == 0 else whole.clone()
+        yield
+        for parameter in chosen:
+            parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_biases_partitioned_by_zero3_are_gathered_and_their_swap_is_refused(
+    active: bool, tiny_gpt2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = trained(tiny_gpt2())
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    model = tiny_gpt2()
+    partition = ZeRO3(model)
+    monkeypatch.setattr("hf_ext.adapters._biases.gather_params_ctx", partition.gather)
+    for module in model.modules():  # PEFT reads a Conv1D's sizes off its weight, which DeepSpeed remembers
+        if isinstance(module, Conv1D):
+            module.weight.ds_shape = partition.whole[module.weight].shape
+    if active:
+        adapted = PeftModel.from_pretrained(model, tmp_path)
+    else:
+        adapted = get_peft_model(model, config(bias="none", seed=3), adapter_name="first")
+        adapted.load_adapter(str(tmp_path), adapter_name="second")
+    found = named_biases(adapted)
+    assert len(found) == 13
+    base = biases(tiny_gpt2())
+    for key, (held, index) in found.items():
+        in_place, beside = partition.whole[held.parameters()[index]], held.kept[index]
+        before = base[key.replace("base_layer.", "").removeprefix("base_model.model.")]
+        assert torch.equal(in_place, tensors[key] if active else before)
+        assert torch.equal(beside, before if active else tensors[key])
+    with pytest.raises(ValueError, match="bias must be 'none' where biases are sharded or offloaded"):
+        adapted.base_model.disable_adapter_layers() if active else adapted.set_adapter("second")
 
 
 def test_sharded_biases_are_not_overwritten(tiny_gpt2: Any) -> None:

@@ -170,6 +170,12 @@ def test_biases_of_b_are_tensors_of_their_own(tiny_llama: Any, tmp_path: Path) -
     assert layer.module_factors(layer.adapter_tensors("default"), layer.configs["default"], "") is None
     with pytest.raises(ValueError, match="low rank"):
         export_to_lora(model, tmp_path / "small", rank=1)
+    base, before = layer.get_base_layer(), layer.get_base_layer().bias.detach().clone()
+    nn.init.ones_(layer.lora_B["default"].bias)
+    model.merge_adapter()
+    torch.testing.assert_close(base.bias.detach() - before, torch.full_like(before, layer.scaling["default"]))
+    model.unmerge_adapter()
+    assert torch.equal(base.bias, before)
 
 
 def test_init_lora_weights_is_the_methods() -> None:

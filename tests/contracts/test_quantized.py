@@ -180,6 +180,19 @@ def test_merging_keeps_the_bias(info: MethodInfo, tiny_llama: Any) -> None:
     assert torch.equal(logits(adapted), expected)
 
 
+@pytest.mark.parametrize(
+    "info", methods("adapter", lacks={"peft_lora"}, supports={"quantized"}, variants=False)
+)
+def test_a_bias_that_is_no_parameter_is_refused(info: MethodInfo, tiny_llama: Any) -> None:
+    model = hqq_4bit(tiny_llama(hidden_size=128, attention_bias=True))
+    config = settings(info, target_modules=["q_proj"], bias=f"{info.name}_only")
+    with pytest.raises(
+        ValueError, match=r"bias must be .* type HQQLinear .*_only' \(model\.layers\.0.*q_proj"
+    ):
+        get_peft_model(model, config)
+    assert not layers_of(model)
+
+
 class Unreadable:
     """A backend as PEFT has them for GPTQ and the like: forward only."""
 
