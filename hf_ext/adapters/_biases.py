@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .._compat.peft import AuxiliaryTrainingWrapper, BaseTunerLayer, gather_params_ctx
+from .._compat.peft import AuxiliaryTrainingWrapper, BaseTunerLayer, adapters_of_wrapper, gather_params_ctx
 from ..core import dist
 from ..core.checks import check
 from ._injection import AtomicInjection
@@ -86,10 +86,14 @@ def bias_of(owner: nn.Module) -> nn.Parameter | None:
     return bias if isinstance(bias, nn.Parameter) and bias.is_floating_point() else None
 
 
-def bias_owners(model: nn.Module) -> list[nn.Module]:
-    """Return the modules with a bias, an adapted layer in place of its base; none of `modules_to_save`.
+def bias_owners(model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
+    """Return the modules with a bias, an adapted layer in place of its base.
 
     A bias that two modules share is counted once.
+
+    Args:
+        model: The model.
+        adapter: The adapter whose biases they are to be; modules that it trains whole are left out.
     """
     inner: set[nn.Module] = set()
     shared: set[int] = set()
@@ -100,6 +104,8 @@ def bias_owners(model: nn.Module) -> list[nn.Module]:
         if isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
             inner.update(cast(nn.Module, module).modules())
         if isinstance(module, AuxiliaryTrainingWrapper):
+            if adapter not in adapters_of_wrapper(module):  # another's: this one uses what is wrapped
+                inner.difference_update(cast(nn.Module, module.original_module).modules())
             continue
         bias = bias_of(module)
         if bias is not None and id(bias) not in shared:
@@ -114,22 +120,64 @@ def biases_on(model: nn.Module) -> list[TrainedBiases]:
     return list({id(one): one for one in held if isinstance(one, TrainedBiases)}.values())
 
 
-def named_biases(model: nn.Module) -> dict[str, tuple[TrainedBiases, int]]:
-    """Return, for each key of the model's state that is a trained bias, its holder and its index there."""
+class Place(NamedTuple):
+    """Where a trained bias is.
+
+    Args:
+        holder: What holds it.
+        number: Its index there.
+        saved_as: Its key in a checkpoint: that of a model with no other adapter, as it is to load on one.
+    """
+
+    holder: TrainedBiases
+    number: int
+    saved_as: str
+
+
+def named_biases(model: nn.Module) -> dict[str, Place]:
+    """Return the trained biases by the keys that they have in the model's state."""
     places = {
         id(parameter): (biases, index)
         for biases in biases_on(model)
         for index, parameter in enumerate(biases.parameters())
     }
-    named = model.named_parameters(remove_duplicate=False)
-    keys = {name.replace("_fsdp_wrapped_module.", ""): id(parameter) for name, parameter in named}
-    return {key: places[number] for key, number in keys.items() if number in places}
+    found = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in places:
+            holder, index = places[id(parameter)]
+            saved_as = _without_others(model, path, holder.name)
+            found[_without_fsdp(path)] = Place(holder, index, _without_fsdp(saved_as))
+    return found
+
+
+def _without_fsdp(path: str) -> str:
+    return path.replace("_fsdp_wrapped_module.", "")
+
+
+def _without_others(model: nn.Module, path: str, adapter: str) -> str:
+    """Return a parameter's path without what adapters other than the given one have put around modules."""
+    *parts, leaf = path.split(".")
+    kept, module = [], model
+    for part in parts:
+        anothers = (
+            isinstance(module, HasBiases)
+            and part == "base_layer"
+            and adapter not in cast(Any, module).configs
+        ) or (
+            isinstance(module, AuxiliaryTrainingWrapper)
+            and part == "original_module"
+            and adapter not in adapters_of_wrapper(module)
+        )
+        if not anothers:
+            kept.append(part)
+        module = cast(nn.Module, module._modules[part])
+    return ".".join([*kept, leaf])
 
 
 def load_biases(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Take over a checkpoint's biases, by the model's keys, wherever those of the adapter are at the time."""
-    for key, (biases, index) in named_biases(model).items() if values else ():
-        biases.load(index, values[key])
+    for key, place in named_biases(model).items() if values else ():
+        place.holder.load(place.number, values[key])
 
 
 class HasBiases:
@@ -211,6 +259,7 @@ class TrainsBiases(AtomicInjection):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter into every target layer, and give it the biases that it trains."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._start_copies_from_base(adapter_name)
         config: Any = self.peft_config[adapter_name]
         if config.bias == "none":
             return
@@ -218,7 +267,7 @@ class TrainsBiases(AtomicInjection):
         layers = [layer for layer in layers if adapter_name in cast(Any, layer).configs]
         found: dict[HasBiases, TrainedBiases] = {}
         if config.bias == "all":
-            whole = TrainedBiases(adapter_name, bias_owners(self.model))
+            whole = TrainedBiases(adapter_name, bias_owners(self.model, adapter_name))
             found = dict.fromkeys(layers, whole) if whole.owners else {}
         else:
             owners = [layer for layer in layers if bias_of(cast(Any, layer)) is not None]
@@ -229,6 +278,21 @@ class TrainsBiases(AtomicInjection):
             layer.biases = biases
             biases.used = layer.uses(adapter_name)  # its values are still the base's
             layer.place_biases(trains=not config.inference_mode)
+
+    def _start_copies_from_base(self, adapter_name: str) -> None:
+        # PEFT copies modules to save as they are, with what another adapter has trained of them.
+        kept = {
+            owner: value
+            for biases in biases_on(self.model)
+            if biases.used
+            for owner, value in zip(biases.owners, biases.kept, strict=True)
+        }
+        for wrapper in self.model.modules() if kept else ():
+            if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in adapters_of_wrapper(wrapper):
+                copies = getattr(wrapper, "modules_to_save", {})
+                for path, module in cast(nn.Module, wrapper.original_module).named_modules():
+                    if module in kept and adapter_name in copies:
+                        copies[adapter_name].get_submodule(path).bias.data.copy_(kept[module])
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off; upstream warns that trained biases stay, which they do not here."""
@@ -246,7 +310,7 @@ class TrainsBiases(AtomicInjection):
             ValueError: A bias is missing, has another shape, or is not finite.
         """
         places = named_biases(model) if config.bias != "none" else {}
-        own = {_in_file(key): key for key in places}
+        own = {_in_file(place.saved_as): key for key, place in places.items()}
         biases = {own[_in_file(key)]: value for key, value in tensors.items() if _in_file(key) in own}
         if places and not biases and config.may_lack_biases:
             warnings.warn(
@@ -260,9 +324,9 @@ class TrainsBiases(AtomicInjection):
                     layer.biases.place(False, trains=False)
                     layer.biases = None
             return {}, dict(tensors)
-        for key, (holder, index) in sorted(places.items()):
-            check(key in biases, "bias", "none in the checkpoint", f"there for {key}")
-            wanted, shape = tuple(holder.kept[index].shape), tuple(biases[key].shape)
+        for key, place in sorted(places.items()):
+            check(key in biases, "bias", "none in the checkpoint", f"there for {place.saved_as}")
+            wanted, shape = tuple(place.holder.kept[place.number].shape), tuple(biases[key].shape)
             check(shape == wanted, key, shape, f"of shape {wanted}")
             if not bool(torch.isfinite(biases[key]).all()):
                 raise ValueError(f"the adapter checkpoint's {key} has NaN or infinite values")
@@ -275,8 +339,8 @@ class TrainsBiases(AtomicInjection):
         if config.bias == "none":
             return {}
         return {
-            key: state_dict[key] if biases.used else biases.kept[index]
-            for key, (biases, index) in named_biases(model).items()
+            place.saved_as: state_dict[key] if place.holder.used else place.holder.kept[place.number]
+            for key, place in named_biases(model).items()
             if key in state_dict
         }
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_ext.adapters import BoneConfig
+from hf_ext.adapters import BoneConfig, export_to_lora
 from hf_ext.adapters._biases import bias_owners, named_biases
 from tests.adapters.models import IDS, logits, steps
 
@@ -250,8 +250,8 @@ def test_biases_partitioned_by_zero3_are_gathered_and_their_swap_is_refused(
     found = named_biases(adapted)
     assert len(found) == 13
     base = biases(tiny_gpt2())
-    for key, (held, index) in found.items():
-        in_place, beside = partition.whole[held.parameters()[index]], held.kept[index]
+    for key, (held, number, _) in found.items():
+        in_place, beside = partition.whole[held.parameters()[number]], held.kept[number]
         before = base[key.replace("base_layer.", "").removeprefix("base_model.model.")]
         assert torch.equal(in_place, tensors[key] if active else before)
         assert torch.equal(beside, before if active else tensors[key])
@@ -288,6 +288,47 @@ def test_loading_onto_an_adapter_that_is_not_active(tiny_gpt2: Any, tmp_path: Pa
     assert all(torch.equal(value, before[name]) for name, value in biases(loaded).items())
     loaded.set_adapter("second")
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("first", ["biased", "other"])
+def test_another_adapter_around_the_same_modules_changes_no_name(
+    first: str, tiny_gpt2: Any, tmp_path: Path
+) -> None:
+    other = config(bias="none", target_modules=["c_fc"], modules_to_save=["ln_f"])
+    adapted = get_peft_model(tiny_gpt2(), config() if first == "biased" else other, adapter_name=first)
+    if first == "other":
+        adapted.add_adapter("biased", config())
+        adapted.set_adapter("biased")
+    steps(adapted)
+    if first == "biased":
+        adapted.add_adapter("other", other)
+    wanted = logits(adapted)
+    adapted.save_pretrained(tmp_path, selected_adapters=["biased"])
+    trained(tiny_gpt2()).save_pretrained(tmp_path / "alone")
+    assert load_file(tmp_path / "biased" / WEIGHTS).keys() == load_file(tmp_path / "alone" / WEIGHTS).keys()
+    for beside in (False, True):
+        loaded = get_peft_model(tiny_gpt2(), other if beside else config(bias="none", seed=3))
+        loaded.load_adapter(str(tmp_path / "biased"), adapter_name="second")
+        loaded.set_adapter("second")
+        assert torch.equal(logits(loaded), wanted)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), logits(tiny_gpt2()))
+    export_to_lora(adapted, tmp_path / "lora", adapter_name="biased")
+    lora = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_modules_that_another_adapter_trains_whole_start_from_the_base(tiny_gpt2: Any) -> None:
+    model = trained(tiny_gpt2())
+    training = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.add_adapter("second", config(bias="none", modules_to_save=["ln_f"]))
+    norm, base = model.base_model.model.transformer.ln_f, tiny_gpt2().transformer.ln_f
+    assert torch.equal(norm.modules_to_save["second"].bias, base.bias)
+    assert not torch.equal(norm.original_module.bias, base.bias)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [name.replace("original_module.", "") for name in names] == training
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(tiny_gpt2()))
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
