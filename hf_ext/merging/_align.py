@@ -142,7 +142,7 @@ def _with_head(
         else:
             problems.append(
                 f"{model.label} has a {head} of its own, which the output would tie to {embedding} "
-                "(make an untied model the base, or the first one)"
+                "(let an untied model be the tokenizer_source, the base or the first one)"
             )
     return own
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
+
+import torch
 
 from ..core.checks import check
 from ._checkpoint import Checkpoint
@@ -13,7 +16,10 @@ Sources: TypeAlias = Sequence[Sequence[tuple[Checkpoint, int]]]
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Lists of layer numbers.
-_NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_layers")
+_NUMBERS = (
+    *("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_layers"),
+    "hybrid_layer_ids",
+)
 # Lists with as many items as a model may have layers, of something else.
 _OTHER_LISTS = (
     "architectures",
@@ -86,6 +92,7 @@ def layered_config(reference: Checkpoint, held: int, sources: Sources) -> dict[s
         if found is not None:
             fresh[key] = found
     _check_patterns(fresh, kinds, where)
+    _check_made(config, sources, where)
     return config
 
 
@@ -169,3 +176,60 @@ def _kind(
 ) -> object:
     value = config.get(key)
     return kind(config, value, place) if type(value) is int and value > 0 else None
+
+
+def _check_made(config: dict[str, Any], sources: Sources, where: str) -> None:
+    """Refuse layers of which the model's class, by a rule of its own, would make another kind than they were.
+
+    Classes that transformers does not have are not asked.
+    """
+    try:
+        new = _made(config)
+    except Exception as error:
+        raise ValueError(f"slices: no model can be made with these layers ({where}): {error!r}") from error
+    if new is None:
+        return
+    known: dict[int, list[dict[str, torch.Size]] | None] = {}
+    for place, layer in enumerate(sources):
+        for model, number in layer:
+            if id(model) not in known:
+                known[id(model)] = _made_or_none(model.config)
+            old = known[id(model)]
+            if old is None or old[number] == new[place]:
+                continue
+            other = sorted(
+                key for key in {**old[number], **new[place]} if old[number].get(key) != new[place].get(key)
+            )
+            rule = f"such that layer {place} is of the kind that layer {number} of {model.label} is"
+            check(False, "slices", f"other tensors there: {', '.join(other[:4])}", rule, where=where)
+
+
+def _made_or_none(config: Mapping[str, Any]) -> list[dict[str, torch.Size]] | None:
+    try:
+        return _made(config)
+    except Exception:  # noqa: BLE001 - a model that is there, whatever its class makes of it today
+        return None
+
+
+def _made(config: Mapping[str, Any]) -> list[dict[str, torch.Size]] | None:
+    """Return the tensors of each layer that the config's class makes; None where there is no such class.
+
+    Nothing is allocated.
+    """
+    import transformers
+
+    name = next(iter(config.get("architectures") or ()), None)
+    made: Any = getattr(transformers, str(name), None)
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        return None
+    settings: Any = made.config_class
+    with torch.device("meta"):
+        state = made(settings.from_dict(dict(config))).state_dict()
+    lists: dict[str, dict[int, dict[str, torch.Size]]] = {}
+    for key, value in state.items():
+        match = re.match(r"(.*?)\b(\d+)\.(.+)", key)
+        if match is not None:
+            lists.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = value.shape
+    count = stated_layers(config)
+    whole = [found for found in lists.values() if sorted(found) == list(range(count or 0))]
+    return [whole[0][number] for number in range(count or 0)] if len(whole) == 1 else None

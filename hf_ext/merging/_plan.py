@@ -259,7 +259,8 @@ def resolved(config: MergeConfig, parents: Parents) -> dict[str, Any]:
     for parent in named:
         parent["model"] = labels.get(parent["model"], _short_name(parent["model"]))
     source = asked["tokenizer_source"]
-    asked["tokenizer_source"] = labels.get(source, source) if source else source
+    if source not in (None, "base", "union"):
+        asked["tokenizer_source"] = labels.get(source, _short_name(source))
     return asked
 
 

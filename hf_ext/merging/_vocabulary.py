@@ -50,11 +50,22 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
             raise ValueError(f"{path} is damaged: {error!r}") from error
     if (folder / "vocab.json").is_file():
         content = read_json(folder / "vocab.json")
-        return content if isinstance(content, dict) else None
+        return {**content, **_added(folder)} if isinstance(content, dict) else None
     if (folder / "vocab.txt").is_file():
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        return {token: number for number, token in enumerate(lines)}
+        return {**{token: number for number, token in enumerate(lines)}, **_added(folder)}
     return None
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """Return the tokens that were added to a tokenizer without a tokenizer.json."""
+    plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    try:
+        found = {token: int(number) for token, number in read_json(plain).items()} if plain.is_file() else {}
+        more = read_json(config).get("added_tokens_decoder") if config.is_file() else None
+        return found | {item["content"]: int(number) for number, item in (more or {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the added tokens in {folder} cannot be read: {error!r}") from error
 
 
 def _of_tokenizer(content: Any) -> dict[str, int]:
@@ -176,9 +187,9 @@ def match(
         problems: Why the tokens cannot be matched is added to it.
     """
     found = [vocabulary(model.folder) for model in models]
-    names = frozenset(name for name in entries[source] if _has_rows(name))
+    names = frozenset(name for own in entries for name in own if _has_rows(name))
     rows = [sorted({own[name].shape[0] for name in names if name in own}) for own in entries]
-    alike = all(one is None or one == found[source] for one in found)
+    alike = all(one == found[source] for one in found)
     if alike and all(one == rows[source] for one in rows):
         return None
     if not names:

@@ -641,6 +641,41 @@ def test_layers_that_a_number_would_make_of_another_kind_are_refused(
         stacked(tmp_path, bad, {"a": config})
 
 
+@pytest.mark.parametrize(("family", "first"), [("Lfm2Moe", 1), ("RecurrentGemma", 2)])
+def test_layers_that_the_class_would_make_of_another_kind_are_refused(
+    family: str, first: int, tmp_path: Path
+) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 6}
+    own: dict[str, dict[str, Any]] = {
+        "Lfm2Moe": {
+            "moe_intermediate_size": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "num_dense_layers": 2,
+            "layer_types": ["conv", "full_attention"] * 3,
+        },
+        "RecurrentGemma": {"lru_width": 16, "attention_window_size": 8},  # each third layer attends
+    }
+    config = getattr(transformers, f"{family}Config")(**sizes, **own[family])
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path / "a")
+
+    def put_together(*ranges: tuple[int, int]) -> None:
+        slices = [{"sources": [{"model": str(tmp_path / "a"), "layer_range": list(r)}]} for r in ranges]
+        merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "out", progress=False)
+
+    rule = rf"slices must be such that layer 4 is of the kind that layer {first} of a is"
+    with pytest.raises(ValueError, match=rule):
+        put_together((0, 4), (first, 6))
+    assert not (tmp_path / "out").exists()
+    put_together((0, 3), (3, 6), (3, 6))
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    _, report = load(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+
+
 def test_the_layers_of_other_families_are_found(tiny_gpt2: ModelFactory, tmp_path: Path) -> None:
     tiny_gpt2().save_pretrained(tmp_path / "a")
     stack = layer_stack(Checkpoint(tmp_path / "a"))

@@ -247,6 +247,27 @@ def test_families_with_other_names(keys: tuple[str, ...], tmp_path: Path) -> Non
     torch.testing.assert_close(found["model.layers.0.q_proj.weight"], (layers[0] + 0.5 * layers[1]) / 1.5)
 
 
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("plain", ["vocab.json", "vocab.txt"])
+def test_added_tokens_of_tokenizers_without_a_tokenizer_json(where: str, plain: str, tmp_path: Path) -> None:
+    models = {name: tmp_path / name for name in "ab"}
+    for seed, (name, folder) in enumerate(models.items()):
+        words, added = VOCABULARIES[name][:-2], dict(zip(VOCABULARIES[name][-2:], (30, 31), strict=True))
+        write(folder, VOCABULARIES[name], seed)
+        (folder / "tokenizer.json").unlink()
+        tokens = {word: number for number, word in enumerate(words)}
+        text = json.dumps(tokens) if plain == "vocab.json" else "\n".join(words)
+        (folder / plain).write_text(text, encoding="utf-8")
+        items = {str(number): {"content": word} for word, number in added.items()}
+        content = added if where == "added_tokens.json" else {"added_tokens_decoder": items}
+        (folder / where).write_text(json.dumps(content))
+    merge(recipe(models, "ab", "b"), tmp_path / "out", progress=False)
+    parts = matched(models, "ab", "b", None, KEYS[0])
+    found = tensors_of(tmp_path / "out")[KEYS[0]]
+    torch.testing.assert_close(found, (parts["a"] + 0.5 * parts["b"]) / 1.5)
+    assert str(tmp_path) not in (tmp_path / "out" / "merge_manifest.json").read_text()
+
+
 def test_slices_are_matched_too(models: dict[str, Path], tmp_path: Path) -> None:
     slices = [{"sources": [{"model": str(models[name]), "layer_range": [0, 1]}]} for name in "ab"]
     content = {"merge_method": "passthrough", "slices": slices, "tokenizer_source": str(models["b"])}
@@ -277,6 +298,9 @@ def test_what_cannot_be_matched_is_refused_by_name(models: dict[str, Path], tmp_
     refused(r"tokens cannot be matched where embedding and head have unlike rows: b")
     write(models["b"], VOCABULARIES["b"], 1)
     write(models["a"], VOCABULARIES["d"], 0)
+    (models["a"] / "tokenizer.json").unlink()
+    refused("tokens cannot be matched without a tokenizer, which is not in a")
+    write(models["a"], VOCABULARIES["a"], 0)  # as many rows as b: they would be mixed unlike
     (models["a"] / "tokenizer.json").unlink()
     refused("tokens cannot be matched without a tokenizer, which is not in a")
     for name in "ab":  # of the same number of rows, so that nothing else would notice
