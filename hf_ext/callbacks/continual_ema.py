@@ -133,7 +133,7 @@ class ContinualEMACallback(AveragedWeightsCallback):
         """Forget an earlier run."""
         super().reset()
         self._gradient: dict[str, Tensor] = {}
-        self._room = torch.empty(_BLOCK)
+        self._room = torch.empty(_BLOCK, dtype=torch.float32, device="cpu")
         self._updates = 0
         self._adaptive, self._decided = 0, 0
         self._alpha = 0.0

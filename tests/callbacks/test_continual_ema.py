@@ -506,6 +506,34 @@ def test_a_best_average_is_refused_where_there_is_none(tmp_path: Path) -> None:
         late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
+def test_a_best_checkpoint_that_raw_weights_have_chosen_is_refused(tmp_path: Path) -> None:
+    raw = ContinualEMACallback(use_for_eval=False, replace_weights=False)
+    trainer = build(tmp_path, raw, load_best_model_at_end=True, **BEST)
+    Bumpy(trainer)
+    trainer.train()
+    late = build(
+        tmp_path,
+        ContinualEMACallback(best_from="average"),
+        load_best_model_at_end=True,
+        max_steps=12,
+        **BEST,
+    )
+    with pytest.raises(ValueError, match=r"best_from must be 'raw' where .* chosen by its own weights"):
+        late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_sums_do_not_depend_on_torch_s_defaults() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        callback = ContinualEMACallback()
+        callback.reset()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x = torch.linspace(-1.0, 1.0, 300_001)  # more than a block
+    assert callback._l1(x).item() == pytest.approx(x.abs().sum().item(), rel=1e-5)
+    assert callback._l1(x, 0.5 * x).item() == pytest.approx(0.5 * x.abs().sum().item(), rel=1e-5)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     build(tmp_path, ContinualEMACallback(), save_strategy="steps").train()
     folder = tmp_path / f"checkpoint-{MIDDLE}"
