@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 Function = tuple[str, int, str]
 _LIBRARIES = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"])
 _PACKAGES = sysconfig.get_paths()["purelib"]
+_ROUNDS = 300  # a call is seldom as deep
 
 
 class Profile(TrainerCallback):
@@ -57,24 +58,22 @@ def share_of(stats: pstats.Stats, ours: Callable[[str], bool]) -> float:
         ours: Whether a file's name is.
     """
     calls: dict[Function, Any] = stats.stats  # pyright: ignore[reportAttributeAccessIssue]
-    fractions: dict[Function, float] = {}
-
-    def fraction(function: Function) -> float:
-        """Return how much of a function's time counts: all of ours, of a library's what our calls take."""
-        if ours(function[0]):
-            return 1.0
-        if not _is_library(function[0]):
-            return 0.0
-        if function not in fractions:
-            fractions[function] = 0.0  # of a function that calls itself: the other callers decide
-            callers = calls[function][4]
-            total = sum(times[3] for times in callers.values())
-            known = sum(times[3] * fraction(caller) for caller, times in callers.items())
-            fractions[function] = known / total if total else 0.0
-        return fractions[function]
-
+    # Of a library's function so much of the time counts as of those who call it, by the time of their calls;
+    # they may call one another in circles.
+    fractions = {function: float(ours(function[0])) for function in calls}
+    shares: dict[Function, dict[Function, float]] = {}
+    for function, (_, _, _, _, callers) in calls.items():
+        if not ours(function[0]) and _is_library(function[0]):
+            times = {caller: entry[3] for caller, entry in callers.items() if caller != function}
+            total = sum(times.values())
+            shares[function] = {caller: time / total for caller, time in times.items()} if total else {}
+    for _ in range(_ROUNDS):
+        fractions |= {
+            function: sum(share * fractions[caller] for caller, share in callers.items())
+            for function, callers in shares.items()
+        }
     whole = sum(own for _, _, own, _, _ in calls.values())
-    return sum(own * fraction(function) for function, (_, _, own, _, _) in calls.items()) / whole
+    return sum(own * fractions[function] for function, (_, _, own, _, _) in calls.items()) / whole
 
 
 def _is_library(name: str) -> bool:

@@ -78,7 +78,8 @@ def test_the_share_of_functions_of_one_s_own() -> None:
         ("/ours/a.py", 1, "own"),
         ("/ours/b.py", 9, "helper"),
     )
-    wrapper, product, clock = (torch.__file__, 5, "no_grad"), ("~", 0, "mm"), ("~", 0, "time")
+    wrapper, product = (torch.__file__, 5, "no_grad"), ("~", 0, "mm")
+    clock, far = ("~", 0, "time"), ("~", 0, "far")
     # By function: calls, primitive calls, own seconds, seconds with all it calls, and the same by caller.
     stats: Any = SimpleNamespace(
         stats={
@@ -87,12 +88,13 @@ def test_the_share_of_functions_of_one_s_own() -> None:
             helper: (1, 1, 0.5, 0.5, {wrapper: (1, 1, 0.5, 0.5)}),  # called back by torch
             wrapper: (2, 2, 1.0, 4.0, {own: (1, 1, 0.5, 3.0), step: (1, 1, 0.5, 1.0)}),
             product: (9, 9, 2.5, 2.5, {wrapper: (8, 8, 2.0, 2.0), step: (1, 1, 0.5, 0.5)}),
-            clock: (2, 1, 1.0, 1.0, {clock: (1, 1, 0.5, 0.5), own: (1, 1, 0.5, 0.5)}),
+            # Of a function that calls itself, by way of another one too, its callers from outside decide.
+            clock: (3, 1, 1.0, 1.0, {clock: (1, 1, 0.5, 0.5), own: (1, 1, 0.3, 0.3), far: (1, 1, 0.2, 0.2)}),
+            far: (1, 1, 0.0, 0.5, {clock: (1, 1, 0.0, 0.5)}),
         }
     )
-    # Of torch's wrapper 3 of 4 seconds are ours, of the product that share of 2 in 2.5, of the clock what it
-    # does not do for itself.
-    counted = 1.0 + 0.5 + 0.75 * 1.0 + (0.75 * 2.0 / 2.5) * 2.5 + 0.5 * 1.0
+    # Of torch's wrapper 3 of 4 seconds are ours, of the product that share of 2 in 2.5, of the clock all.
+    counted = 1.0 + 0.5 + 0.75 * 1.0 + (0.75 * 2.0 / 2.5) * 2.5 + 1.0
     found = inside.share_of(stats, lambda name: name.startswith("/ours"))
     assert found == pytest.approx(counted / 10.0)
     assert inside.share_of(stats, lambda name: name == "nobody's") == 0.0
