@@ -45,6 +45,17 @@ class TrainedBiases:
         """Return the parameters as the modules have them now, each (features,)."""
         return [cast(nn.Parameter, bias_of(owner)) for owner in self.owners]
 
+    def check_place(self, used: bool) -> None:
+        """Check that `place` can be done.
+
+        Raises:
+            ValueError: The parameters are in parts on several processes, or offloaded.
+        """
+        for parameter, kept in zip(self.parameters(), self.kept, strict=True) if used != self.used else ():
+            whole = parameter.shape == kept.shape and not hasattr(parameter, "full_tensor")
+            rule = "'none' where biases are sharded or offloaded: the base's could not be put back"
+            check(whole and not parameter.is_meta, "bias", tuple(parameter.shape), rule, where=self.name)
+
     def place(self, used: bool, trains: bool | None = None) -> None:
         """Put the adapter's values in place, or the base's.
 
@@ -55,12 +66,9 @@ class TrainedBiases:
         Raises:
             ValueError: The parameters are in parts on several processes, or offloaded.
         """
+        self.check_place(used)
         parameters = self.parameters()
         if used != self.used:
-            for parameter, kept in zip(parameters, self.kept, strict=True):
-                whole = parameter.shape == kept.shape and not hasattr(parameter, "full_tensor")
-                rule = "'none' where biases are sharded or offloaded: the base's could not be put back"
-                check(whole and not parameter.is_meta, "bias", tuple(parameter.shape), rule, where=self.name)
             for index, parameter in enumerate(parameters):
                 new, self.kept[index] = self.kept[index], parameter.detach().clone()
                 parameter.data.copy_(new)
@@ -219,11 +227,18 @@ class HasBiases:
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, trained unless in inference mode; biases follow."""
+        if self.biases is not None:  # refused before anything is changed
+            active = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+            in_use = self.merged_adapters or active
+            self.biases.check_place(not self._disable_adapters and self.biases.name in in_use)
         cast(Any, super()).set_adapter(adapter_names, inference_mode=inference_mode)
         self.place_biases(trains=not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off; biases follow."""
+        if self.biases is not None:  # refused before anything is changed
+            in_use = self.merged_adapters or cast(Any, self).active_adapters
+            self.biases.check_place(enabled and self.biases.name in in_use)
         cast(Any, super()).enable_adapters(enabled)
         self.place_biases(trains=enabled)
 
@@ -293,6 +308,13 @@ class TrainsBiases(AtomicInjection):
                 for path, module in cast(nn.Module, wrapper.original_module).named_modules():
                     if module in kept and adapter_name in copies:
                         copies[adapter_name].get_submodule(path).bias.data.copy_(kept[module])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter from every layer, where the base's biases can be put back."""
+        for biases in biases_on(self.model):
+            if biases.name == adapter_name:
+                biases.check_place(False)
+        super().delete_adapter(adapter_name)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off; upstream warns that trained biases stay, which they do not here."""

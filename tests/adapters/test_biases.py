@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ext.adapters import BoneConfig, export_to_lora
+from hf_ext.adapters._base import AdapterLinear
 from hf_ext.adapters._biases import bias_owners, named_biases
 from tests.adapters.models import IDS, logits, steps
 
@@ -264,10 +265,22 @@ def test_sharded_biases_are_not_overwritten(tiny_gpt2: Any) -> None:
     norm = model.base_model.model.transformer.ln_f
     before = biases(model)
     norm.bias.data = norm.bias.data[:3]  # as ZeRO-3 and FSDP leave it outside of forward
-    with pytest.raises(ValueError, match="bias must be 'none' where biases are sharded or offloaded"):
-        model.base_model.disable_adapter_layers()
     before.pop("base_model.model.transformer.ln_f.bias")
-    assert all(torch.equal(value, biases(model)[name]) for name, value in before.items())
+    model.add_adapter("second", config(bias="none", seed=3))
+    training = [name for name, p in model.named_parameters() if p.requires_grad]
+    for change in (
+        model.base_model.disable_adapter_layers,
+        lambda: model.set_adapter("second"),
+        lambda: model.delete_adapter("default"),
+    ):
+        with pytest.raises(ValueError, match="bias must be 'none' where biases are sharded or offloaded"):
+            change()
+        assert all(torch.equal(value, biases(model)[name]) for name, value in before.items())
+        layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+        assert all("default" in layer.active_adapters and not layer._disable_adapters for layer in layers)
+        assert all("default" in layer.configs and "default" in layer.bone_block for layer in layers)
+        assert "default" in model.peft_config
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == training
 
 
 def test_rows_cannot_have_different_biases(tiny_gpt2: Any) -> None:
