@@ -201,6 +201,14 @@ class AtomicInjection(BaseTuner):
             names,
             "None while adapters are merged: call unmerge_adapter first",
         )
+        # They see some rows' tokens in an order of their own, sometimes as many as there are names.
+        experts = [
+            path
+            for path, module in self.model.named_modules()
+            if isinstance(module, layer_class) and "experts" in path.split(".")
+        ]
+        rule = "None where layers of experts are adapted, which do not see the rows"
+        check(not experts, "adapter_names", names, rule, where=", ".join(experts[:2]))
         return mixed_batch(self.model, layer_class, names, repeats_of(args, kwargs))
 
     @contextmanager

@@ -89,6 +89,26 @@ def test_training_mode_and_merged_adapters_are_refused(tiny_llama: Any) -> None:
     torch.testing.assert_close(outputs(model, NAMES), row_by_row(model), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [BoneConfig, EvaConfig])
+def test_layers_of_experts_are_refused(kind: Any) -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x: Tensor) -> Tensor:  # (rows, tokens, 8), half of the tokens to each expert
+            even, odd = x.flatten(0, 1)[::2], x.flatten(0, 1)[1::2]
+            return torch.stack([self.experts[0](even), self.experts[1](odd)], dim=1).view(x.shape)
+
+    targets = ["experts.0", "experts.1"]
+    settings = [kind(r=4, target_modules=targets) for _ in range(2)]
+    model: Any = get_peft_model(Mixture(), settings[0], adapter_name="red")
+    model.add_adapter("blue", settings[1])
+    # Two rows of two tokens: each expert sees as many as there are names, of both rows.
+    with pytest.raises(ValueError, match=r"adapter_names .* experts are adapted.*experts\.0"):
+        model.eval()(torch.randn(2, 2, 8), adapter_names=["red", "blue"])
+
+
 def test_an_adapter_cannot_have_the_name_of_the_base(tiny_llama: Any) -> None:
     with pytest.raises(ValueError, match="adapter_name must be another than '__base__'"):
         get_peft_model(tiny_llama(), config(1), adapter_name="__base__")
