@@ -100,7 +100,8 @@ def test_the_metadata_says_what_this_is(wheel: Path) -> None:
     assert metadata["Version"] == hf_ext.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"optim", "plot", "tune", "deepspeed", "dev", "docs"}
+    extras = {"optim", "plot", "tune", "deepspeed", "dev", "docs"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split(">=")[0] for line in required} >= {
         "torch",

@@ -167,7 +167,7 @@ def _without_others(model: nn.Module, path: str, adapter: str) -> str:
     *parts, leaf = path.split(".")
     kept, module = [], model
     for part in parts:
-        anothers = (
+        foreign = (
             isinstance(module, HasBiases)
             and part == "base_layer"
             and adapter not in cast(Any, module).configs
@@ -176,7 +176,7 @@ def _without_others(model: nn.Module, path: str, adapter: str) -> str:
             and part == "original_module"
             and adapter not in adapters_of_wrapper(module)
         )
-        if not anothers:
+        if not foreign:
             kept.append(part)
         module = cast(nn.Module, module._modules[part])
     return ".".join([*kept, leaf])
