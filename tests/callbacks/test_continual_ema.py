@@ -489,37 +489,27 @@ def test_a_resumed_run_takes_the_best_average_of_before(tmp_path: Path) -> None:
     assert equal(*ends)
 
 
+def resume_for_the_best_average(folder: Path, *before: ContinualEMACallback) -> None:
+    """Train with or without a callback, then go on with one that takes the best average of all."""
+    options: dict[str, Any] = {"load_best_model_at_end": True, **BEST}
+    trainer = build(folder, *before, **options)
+    Bumpy(trainer)
+    trainer.train()
+    late = build(folder, ContinualEMACallback(best_from="average"), max_steps=12, **options)
+    late.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+
+
 def test_a_best_average_is_refused_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="load_best_model_at_end must be True with best_from='average'"):
         build(tmp_path, ContinualEMACallback(best_from="average"), **BEST).train()
-    trainer = build(tmp_path, load_best_model_at_end=True, **BEST)
-    Bumpy(trainer)
-    trainer.train()
-    late = build(
-        tmp_path,
-        ContinualEMACallback(best_from="average"),
-        load_best_model_at_end=True,
-        max_steps=12,
-        **BEST,
-    )
     with pytest.raises(ValueError, match=r"best_from must be 'raw' where the best .*checkpoint-5\)"):
-        late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        resume_for_the_best_average(tmp_path)
 
 
 def test_a_best_checkpoint_that_raw_weights_have_chosen_is_refused(tmp_path: Path) -> None:
     raw = ContinualEMACallback(use_for_eval=False, replace_weights=False)
-    trainer = build(tmp_path, raw, load_best_model_at_end=True, **BEST)
-    Bumpy(trainer)
-    trainer.train()
-    late = build(
-        tmp_path,
-        ContinualEMACallback(best_from="average"),
-        load_best_model_at_end=True,
-        max_steps=12,
-        **BEST,
-    )
     with pytest.raises(ValueError, match=r"best_from must be 'raw' where .* chosen by its own weights"):
-        late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        resume_for_the_best_average(tmp_path, raw)
 
 
 def test_sums_do_not_depend_on_torch_s_defaults() -> None:
