@@ -1,6 +1,6 @@
 """Time of a training step with each callback, as a ratio to the Trainer without one.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 60] [--blocks 6] [--warm-up 5]
+Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 20] [--blocks 6] [--warm-up 5]
      [--only NAME,...] [--out docs/assets/callback_step.json]
 
 The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread. Each callback takes turns with a
@@ -83,7 +83,7 @@ def inside(arm: str, folder: Path, warm_up: int) -> float:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=60, help="of steps, in each block")
+    parser.add_argument("--pairs", type=int, default=20, help="of steps, in each block")
     parser.add_argument("--blocks", type=int, default=6, help="times that both loops are built")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--only", help="callbacks to measure, by how their names begin")

@@ -1,6 +1,6 @@
 """Time of a training step and peak memory of each trainer, as ratios to TRL's trainer that it extends.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/trainer_step.py [--pairs 40] [--blocks 6] [--warm-up 5]
+Run: OMP_NUM_THREADS=1 python benchmarks/trainer_step.py [--pairs 30] [--blocks 6] [--warm-up 5]
      [--only NAME,...] [--no-memory] [--out docs/assets/trainer_step.json]
 
 The embedded model, fp32, one thread, settings under which both compute the same, the same batches. Both take
@@ -179,7 +179,7 @@ def peak(name: str, which: int) -> int:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=40, help="of steps, in each block")
+    parser.add_argument("--pairs", type=int, default=30, help="of steps, in each block")
     parser.add_argument("--blocks", type=int, default=6, help="times that both loops are built")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--only", help="trainers to measure, by how their names begin")

@@ -9,7 +9,7 @@ is kept beside; places change by copying, so that optimizers keep the parameters
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -206,10 +206,17 @@ class HasBiases:
         rule = f"'none' or 'all' here: the bias of a layer of type {type(core).__name__} is no parameter"
         check(choice in ("none", "all") or can, "bias", choice, rule, where=cast(Any, self).module_name)
 
-    def uses(self, name: str) -> bool:
-        """Return whether an adapter is in use: merged or, where none is, active, and not switched off."""
-        in_use = self.merged_adapters or cast(Any, self).active_adapters
-        return not self._disable_adapters and name in in_use
+    def uses(self, name: str, active: Sequence[str] | None = None, enabled: bool | None = None) -> bool:
+        """Return whether an adapter is in use: merged or, where none is, active, and not switched off.
+
+        Args:
+            name: The adapter.
+            active: The active ones; None for those that are.
+            enabled: Whether adapters are switched on; None for how they are.
+        """
+        enabled = not self._disable_adapters if enabled is None else enabled
+        in_use = self.merged_adapters or (cast(Any, self).active_adapters if active is None else active)
+        return enabled and name in in_use
 
     def place_biases(self, trains: bool | None = None) -> None:
         """Put the biases in place that go with the adapters in use.
@@ -229,16 +236,14 @@ class HasBiases:
         """Make adapters the active ones, trained unless in inference mode; biases follow."""
         if self.biases is not None:  # refused before anything is changed
             active = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-            in_use = self.merged_adapters or active
-            self.biases.check_place(not self._disable_adapters and self.biases.name in in_use)
+            self.biases.check_place(self.uses(self.biases.name, active=active))
         cast(Any, super()).set_adapter(adapter_names, inference_mode=inference_mode)
         self.place_biases(trains=not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off; biases follow."""
         if self.biases is not None:  # refused before anything is changed
-            in_use = self.merged_adapters or cast(Any, self).active_adapters
-            self.biases.check_place(enabled and self.biases.name in in_use)
+            self.biases.check_place(self.uses(self.biases.name, enabled=enabled))
         cast(Any, super()).enable_adapters(enabled)
         self.place_biases(trains=enabled)
 

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 from ..core import dist
 from ..core.checks import check, check_choice
-from ..core.state import load_state
+from ..core.state import load_scalars
 from ._base import Callback, Run
 
 AVERAGE = "average."  # prefix of the average's tensors in a checkpoint
@@ -118,8 +118,8 @@ class AveragedWeightsCallback(Callback):
             known = (Path(best) / f"{self.file_name()}.json").is_file()
             check(known, "best_from", self.best_from, rule, where=best)
             rule = "'raw' where the best checkpoint so far was chosen by its own weights"
-            chosen = load_state(Path(best), self.file_name())[0]["settings"].get("use_for_eval", True)
-            check(chosen, "best_from", self.best_from, rule, where=best)
+            settings = load_scalars(best, self.file_name())["settings"]
+            check(settings.get("use_for_eval", True), "best_from", self.best_from, rule, where=best)
 
     def averaged(self) -> Mapping[str, Tensor]:
         """Return what takes the place of the weights, by name; empty where there is no average yet."""

@@ -51,17 +51,30 @@ def load_state(folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str,
         FileNotFoundError: There is no such state in the folder.
         ValueError: A file is damaged, or the tensors are not those that the JSON file lists.
     """
-    path = Path(folder) / f"{name}.json"
+    content = _read(Path(folder) / f"{name}.json")
+    path = Path(folder) / f"{name}.safetensors"
+    tensors = read_tensors(path) if content["tensors"] else {}
+    if sorted(tensors) != content["tensors"]:
+        differing = sorted(set(tensors) ^ set(content["tensors"]))
+        raise ValueError(f"{path} does not match {name}.json: {', '.join(differing)}")
+    return content["scalars"], tensors
+
+
+def load_scalars(folder: str | Path, name: str) -> dict[str, Any]:
+    """Read the scalars of what `save_state` wrote, and leave the tensors where they are.
+
+    Raises:
+        FileNotFoundError: There is no such state in the folder.
+        ValueError: The file is damaged.
+    """
+    return _read(Path(folder) / f"{name}.json")["scalars"]
+
+
+def _read(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not _is_state(content):
         raise ValueError(f"{path} does not hold a saved state (expected the keys 'scalars' and 'tensors')")
-    tensors = read_tensors(path.with_suffix(".safetensors")) if content["tensors"] else {}
-    if sorted(tensors) != content["tensors"]:
-        differing = sorted(set(tensors) ^ set(content["tensors"]))
-        raise ValueError(
-            f"{path.with_suffix('.safetensors')} does not match {path.name}: {', '.join(differing)}"
-        )
-    return content["scalars"], tensors
+    return content
 
 
 def _is_state(content: Any) -> bool:

@@ -30,9 +30,16 @@ BATCH = torch.arange(4 * 12).reshape(4, 12) * 7 % 256
 
 
 def cases() -> dict[str, tuple[registry.MethodInfo, dict[str, Any]]]:
-    """Return every registered adapter, and each of its forms, with its test settings."""
+    """Return every registered adapter and each of its forms, with test settings; one trains biases too."""
     forms = [form for info in registry.methods("adapter") for form in info.forms()]
-    return {name: (info, dict(info.test_kwargs)) for name, info in forms}
+    found = {name: (info, dict(info.test_kwargs)) for name, info in forms}
+    info, settings = found["pissa"]
+    return {**found, "pissa-biases": (info, {**settings, "bias": "all"})}
+
+
+def base_model(settings: dict[str, Any]) -> Any:
+    """Return the small model, with biases where they are to be trained."""
+    return build_tiny_llama(attention_bias="bias" in settings)
 
 
 def adapted(info: registry.MethodInfo, settings: dict[str, Any]) -> nn.Module:
@@ -40,7 +47,7 @@ def adapted(info: registry.MethodInfo, settings: dict[str, Any]) -> nn.Module:
     assert info.config is not None
     if "gamma" in info.config.__dataclass_fields__:
         settings = {**settings, "gamma": 0.05}
-    model = get_peft_model(build_tiny_llama(), info.config(target_modules="all-linear", **settings))
+    model = get_peft_model(base_model(settings), info.config(target_modules="all-linear", **settings))
     # Each rank its own half of the rows, as in training.
     mine = BATCH.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else BATCH
     for name in awaits_data(model):
@@ -94,6 +101,9 @@ def main() -> None:
         if "merge" in info.supports:
             with pytest.raises(ValueError, match="sharded base"):
                 model.merge_adapter()
+        if "bias" in settings:
+            with pytest.raises(ValueError, match="bias must be 'none' where biases are sharded"):
+                model.base_model.disable_adapter_layers()
     dist.destroy_process_group()
 
 

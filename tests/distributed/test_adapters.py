@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.conftest import build_tiny_llama
 from tests.distributed import adapters_worker as worker
 from tests.distributed.launch import two_processes
 
@@ -46,15 +45,19 @@ def test_two_processes_equal_one(case: str, stage: str, outputs: Path) -> None:
         # size.
         torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
     assert any(not torch.equal(before[key], tensor) for key, tensor in expected.items())
+    biases = [key for key in expected if key.endswith(".bias")]
+    assert bool(biases) == ("biases" in case)
+    assert all(not torch.equal(before[key], expected[key]) for key in biases)
 
 
 @pytest.mark.parametrize(
     "case", [c for c, (info, _) in worker.cases().items() if "lora_export" in info.supports]
 )
 def test_export_from_shards(case: str, outputs: Path) -> None:
-    alone = worker.adapted(*worker.cases()[case])
+    info, settings = worker.cases()[case]
+    alone = worker.adapted(info, settings)
     worker.train(alone, worker.BATCH)
-    exported = PeftModel.from_pretrained(build_tiny_llama(), outputs / f"{case}-fsdp2-lora")
+    exported = PeftModel.from_pretrained(worker.base_model(settings), outputs / f"{case}-fsdp2-lora")
     with torch.no_grad():
         alone.eval()
         difference = (

@@ -578,11 +578,13 @@ def test_lists_over_the_layers_follow_them(tmp_path: Path) -> None:
     full, sliding = "full_attention", "sliding_attention"
     a = {
         "layer_types": [sliding, full, sliding, full], "mlp_only_layers": [0, 3], "no_rope_layers": [],
+        "hybrid_layer_ids": [1, 3],
         "eos_token_id": [1, 2, 3, 4], "intermediate_size": [8, 16, 8, 32], "num_attention_heads": 4,
     }  # fmt: skip
     found = stacked(tmp_path, ["a3", "a3", "a0"], {"a": a})
     assert found == {
         **a, "num_hidden_layers": 3, "layer_types": [full, full, sliding], "mlp_only_layers": [0, 1, 2],
+        "hybrid_layer_ids": [0, 1],
         "intermediate_size": [32, 32, 8],
     }  # fmt: skip
     b = {**a, "layer_types": [full, full, sliding, sliding]}

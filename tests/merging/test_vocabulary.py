@@ -16,6 +16,7 @@ from tests.merging.models import equal, save_model, tensors_of
 from tests.merging.test_partial import Interrupted, interrupt_after
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* lacks .* of the .* tokens")
+WEIGHTS = (1.0, 0.5, 0.25)  # of the models in order
 WORDS = [f"w{number}" for number in range(40)]
 # Words of b stand in another order, c lacks a run of them, and only d has the last ones.
 VOCABULARIES = {
@@ -71,7 +72,7 @@ def recipe(
 ) -> dict[str, Any]:
     named = [
         {"model": str(models[name]), "parameters": {"weight": weight}}
-        for name, weight in zip(names, (1.0, 0.5, 0.25), strict=False)
+        for name, weight in zip(names, WEIGHTS[: len(names)], strict=True)
     ]
     source = source if source in ("base", "union") else str(models[source])
     return {"merge_method": method, "models": named, "tokenizer_source": source, **more}
@@ -111,7 +112,7 @@ def test_linear_merges_words_with_words(
 ) -> None:
     merge(recipe(models, names, source), tmp_path / "out", progress=False)
     found = tensors_of(tmp_path / "out")
-    weights = dict(zip(names, (1.0, 0.5, 0.25), strict=False))
+    weights = dict(zip(names, WEIGHTS[: len(names)], strict=True))
     for key in KEYS:
         parts = matched(models, names, source, None, key)
         total = sum((weights[name] * part for name, part in parts.items()), torch.zeros(()))
