@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import check
-from .state import load_state
+from .state import load_scalars
 
 # Where the callback that records gradient norms writes them in a checkpoint.
 STATE = "hf_ext_stage_recovery"
@@ -284,7 +284,7 @@ def recorded_gradient_norms(checkpoint: str | Path) -> dict[int, float]:
         ValueError: Its file is damaged, or no step had been made.
     """
     try:
-        scalars, _ = load_state(checkpoint, STATE)
+        scalars = load_scalars(checkpoint, STATE)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{checkpoint} has no {STATE}.json: norms are recorded by StageRecoveryCallback; "
