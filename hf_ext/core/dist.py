@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+GRACE = 0.1  # seconds in which the group's threads let go of what they hold
 
 
 def is_distributed() -> bool:
@@ -39,6 +41,19 @@ def barrier() -> None:
     """Wait for all processes."""
     if is_distributed():
         dist.barrier()
+
+
+def leave_group() -> None:
+    """Take the process group down, so that this process may end whenever it likes.
+
+    Gloo's threads give up the tensors of a collective after the call has returned, and need the interpreter's
+    lock for it. One that asks when the interpreter has begun to end aborts the process, whose exit code then
+    makes the launcher end the others (pytorch/pytorch issue 190489). The lock is free here for a moment; the
+    threads cannot be joined, since a model under DDP keeps its group to the end.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(GRACE)
 
 
 def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.distributed as torch_dist
 from safetensors import SafetensorError
 
 from ..callbacks._attach import attach
@@ -128,7 +127,9 @@ def run_job(ready: Ready, say: Say = lambda _: None) -> dict[str, Any]:
     metrics = _metrics(trainer, ready, result)
     trained = _trained(trainer)
     is_main = dist.is_main()
-    _leave_group()
+    # What follows is one process's work with files, which may take longer than a collective waits. Without
+    # the group nothing in it can wait for the others, and leaving cannot hang on a busy host.
+    dist.leave_group()
     if is_main:
         facts = _facts(ready, metrics, trainer.state.log_history, say)
         outputs = Outputs(job, prepared, trained, facts)
@@ -142,13 +143,6 @@ def run_job(ready: Ready, say: Say = lambda _: None) -> dict[str, Any]:
         if job.recipe.push_to_hub:
             say(f"pushed to {push(job)}")
     return metrics
-
-
-def _leave_group() -> None:
-    # What follows is one process's work with files, which may take longer than a collective waits. Without
-    # the group nothing in it can wait for the others, and leaving cannot hang on a busy host.
-    if torch_dist.is_available() and torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
 
 
 def build_trainer(ready: Ready) -> Any:

@@ -22,7 +22,7 @@ from hf_ext.core.dist import full_tensor
 from tests.callbacks.runs import build, logged, rows
 from tests.conftest import freeze_modules
 from tests.distributed.callbacks_worker import _switch_fsdp_on
-from tests.distributed.launch import two_processes
+from tests.distributed.launch import leave, two_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -126,7 +126,7 @@ def main() -> None:
         save_file(whole, out / f"{case}-whole.rank{rank}.safetensors")
         resumed = run(out / f"{case}-again", case, mode, str(out / case / f"checkpoint-{_resumed(case)}"))
         save_file(resumed, out / f"{case}-resumed.rank{rank}.safetensors")
-    torch_dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hf_ext.core.dist import full_tensor
 from tests.callbacks.runs import STEPS, build
 from tests.conftest import freeze_modules
 from tests.distributed.callbacks_worker import _switch_fsdp_on
-from tests.distributed.launch import two_processes
+from tests.distributed.launch import leave, two_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -70,7 +70,7 @@ def main() -> None:
         save_file(found, out / f"{evaluates}.rank{dist.get_rank()}.safetensors")
     found = run(out / "best", evaluates=True, sharded=True, best=True)
     save_file(found, out / f"best.rank{dist.get_rank()}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

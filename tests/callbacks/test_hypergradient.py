@@ -244,6 +244,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 import torch.distributed as dist
 from tests.callbacks.runs import build, parameters
+from tests.distributed.launch import leave
 from hf_ext.callbacks import HypergradientCallback
 out, name = Path(sys.argv[1]), sys.argv[2]
 settings = eval(name)
@@ -257,7 +258,7 @@ again = build(out / "again", HypergradientCallback(**settings), optim="sgd", lea
               max_grad_norm=0.0, save_strategy="no")
 again.train(resume_from_checkpoint=str(out / "checkpoint-6"))
 save_file(parameters(again), out / f"again.rank{dist.get_rank()}.safetensors")
-dist.destroy_process_group()
+leave()
 """
 
 

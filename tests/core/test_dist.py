@@ -24,6 +24,17 @@ def test_collectives_return_the_very_tensor_unchanged() -> None:
     assert dist.same_on_all_ranks(tensor)
 
 
+def test_a_group_is_left_and_its_threads_get_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(dist.time, "sleep", waits.append)
+    dist.leave_group()
+    assert waits == []  # there is none
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    dist.leave_group()
+    assert not torch.distributed.is_initialized()
+    assert waits == [dist.GRACE]
+
+
 def test_objects_are_gathered_from_the_one_process() -> None:
     assert dist.gather_objects({"a": 1}) == [{"a": 1}]
 

@@ -24,6 +24,7 @@ from hf_ext.adapters import awaits_data, export_to_lora, initialize_from_data
 from hf_ext.core import registry
 from hf_ext.core.dist import full_tensor
 from tests.conftest import build_tiny_llama
+from tests.distributed.launch import leave
 
 STEPS = 5
 BATCH = torch.arange(4 * 12).reshape(4, 12) * 7 % 256
@@ -104,7 +105,7 @@ def main() -> None:
         if "bias" in settings:
             with pytest.raises(ValueError, match="bias must be 'none' where biases are sharded"):
                 model.base_model.disable_adapter_layers()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

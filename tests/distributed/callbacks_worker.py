@@ -24,6 +24,7 @@ from hf_ext.core.dist import full_tensor
 from hf_ext.core.registry import MethodInfo
 from tests.callbacks.runs import MIDDLE, build, make
 from tests.conftest import freeze_modules
+from tests.distributed.launch import leave
 from tests.registry_cases import methods
 
 GLOBAL_BATCH = 4
@@ -86,7 +87,7 @@ def main() -> None:
         save_file(whole, out / f"{name}-whole.rank{rank}.safetensors")
         resumed = run(out / f"{name}-resumed", info, mode, str(out / name / f"checkpoint-{MIDDLE}"))
         save_file(resumed, out / f"{name}-resumed.rank{rank}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

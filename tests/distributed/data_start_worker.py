@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hf_ext.adapters import EvaConfig, LoraGaConfig, awaits_data, get_eva_state_dict, initialize_from_data
 from tests.conftest import build_tiny_llama
+from tests.distributed.launch import leave
 
 IDS = torch.arange(8 * 12).reshape(8, 12) * 7 % 256
 LABELS = IDS.masked_fill(torch.arange(8)[:, None] > torch.arange(12), -100)  # rows count differently
@@ -179,7 +180,7 @@ def main() -> None:
         save_file(state(run()), out / f"{case}.rank{rank}.safetensors")
     save_file(peft_rows(), out / f"peft-rows.rank{rank}.safetensors")
     (out / f"errors.rank{rank}.json").write_text(json.dumps(errors(rank)))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

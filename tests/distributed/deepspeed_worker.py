@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_ext.core.registry import get
 from tests.contracts.test_trainers import adapter
+from tests.distributed.launch import leave
 from tests.distributed.trainers_worker import GLOBAL_BATCH, MIDDLE, STEPS, cut_short
 from tests.trainers.runs import build, columns, parameters, rows, tiny_model, training_logs
 
@@ -164,7 +165,7 @@ def main() -> None:
             errors[name] = str(error)
     if rank == 0:
         (out / "refused.json").write_text(json.dumps(errors), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

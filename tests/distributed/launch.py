@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_ext.core.dist import leave_group
 from tests.conftest import REPOSITORY
 
 
@@ -32,6 +34,17 @@ def two_processes(module: str, *arguments: str | Path, timeout: int = 420, **env
         command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def leave() -> NoReturn:
+    """End a worker that has done its work, without the interpreter's own end.
+
+    On a busy machine even `leave_group` can be too short for gloo's threads, see there.
+    """
+    leave_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def once_for_each_mode(

@@ -21,6 +21,7 @@ from hf_ext.callbacks import LocalTrainCallback
 from tests.callbacks.runs import MIDDLE, SaveAt, build
 from tests.callbacks.test_stage_recovery import trained
 from tests.conftest import freeze_modules
+from tests.distributed.launch import leave
 
 LOST: dict[str, Any] = {"lose_at": (3, 2), "adam_epsilon": 0.1, "learning_rate": 0.1}
 
@@ -115,7 +116,7 @@ def main() -> None:
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
     with pytest.raises(ValueError, match="load_best_model_at_end must be False with final_merge"):
         build(out / "best", LocalTrainCallback(), **options).train()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from hf_ext.adapters import SorsaConfig
 from tests.conftest import build_tiny_llama, freeze_modules
 from tests.distributed.adapters_worker import adapter_state
+from tests.distributed.launch import leave
 
 STEPS = 4
 ROWS = (torch.arange(16 * 12).reshape(16, 12) * 7 % 251).tolist()
@@ -101,7 +102,7 @@ def main() -> None:
         adapter_state(resumed.accelerator.unwrap_model(resumed.model)),
         out / f"resumed.rank{rank}.safetensors",
     )
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

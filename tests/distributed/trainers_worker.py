@@ -29,6 +29,7 @@ from hf_ext.core.registry import MethodInfo
 from hf_ext.trainers._round_files import Progress
 from tests.conftest import freeze_modules
 from tests.contracts.test_trainers import adapter
+from tests.distributed.launch import leave
 from tests.registry_cases import methods
 from tests.trainers.runs import build, checkpoint, columns, rows, training_logs
 
@@ -130,7 +131,7 @@ def main() -> None:
                 cut_short(case.info, cut, between=way == "between")
             dist.barrier()
             save_file(run(cut, case, mode, resume=True), out / f"{name}-{way}.rank{rank}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 def cut_short(info: MethodInfo, folder: Path, *, between: bool) -> None:
