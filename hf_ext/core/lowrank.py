@@ -1,15 +1,16 @@
 """Low-rank linear algebra in fp32: truncated SVD by a block Krylov method, and exact recompression.
 
 Source of the SVD: Musco and Musco 2015, "Randomized Block Krylov Methods for Stronger and Faster Approximate
-Singular Value Decomposition", arXiv 1504.05477, algorithm 2, with the space built by block Golub-Kahan
-bidiagonalization (Golub, Luk and Overton 1981), fully reorthogonalized: that gives the projected matrix
-without a further product. Blocks are smaller than the rank, which buys depth: on a 2048 x 2048 matrix with
-singular values 1/sqrt(i) and r = 32, ten blocks of 16 leave 3e-4 in the sine of the largest principal angle,
-where randomized power iteration with 48 columns and as many products leaves 0.2.
+Singular Value Decomposition", arXiv 1504.05477, algorithm 2, with the space built by block Lanczos steps on
+W^T W (Golub and Underwood 1977), fully reorthogonalized: they give the projected W^T W without a further
+product. Blocks are smaller than the rank, which buys depth: on a 2048 x 2048 matrix with singular values
+1/sqrt(i) and r = 32, ten blocks of 16 leave 3e-4 in the sine of the largest principal angle, where randomized
+power iteration with 48 columns and as many products leaves 0.2.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ def truncated_svd(
     # same products, a larger one makes them faster.
     steps = n_iter + 1
     block = -(-(r + extra) // min(3, steps))
-    if driver == "exact" or limit <= (steps + 1) * block or (driver == "auto" and limit <= 2 * steps * block):
+    if driver == "exact" or limit <= steps * block or (driver == "auto" and limit <= 2 * steps * block):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         u, s, vh = _block_lanczos(matrix, r, block, steps, seeded(seed, name))
@@ -98,47 +99,73 @@ def truncated_svd(
 def _block_lanczos(
     matrix: Tensor, r: int, block: int, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading r singular triplets of the matrix restricted to a block Krylov space.
+    """Return r or more leading singular triplets of the matrix restricted to a block Krylov space of W^T W.
 
-    Bases are kept as rows, so that every product reads the matrix along its rows. With U (steps * block, m)
-    and V ((steps + 1) * block, n) the recurrence gives U W = H V with a small H: no product for the
-    projection.
+    Bases are kept as rows, so that every product reads the matrix along its rows. With V (steps * block, n)
+    orthonormal, V W^T W V^T is block tridiagonal, and known from the products that make V.
     """
     m, n = matrix.shape
-    left = matrix.new_empty(steps * block, m)
-    right = matrix.new_empty((steps + 1) * block, n)
-    small = matrix.new_zeros(steps * block, (steps + 1) * block)
+    size = steps * block
+    right, image = matrix.new_empty(size, n), matrix.new_empty(size, m)  # V, V W^T
+    squares = matrix.new_zeros(size, size)  # the lower half of V W^T W V^T
     right[:block] = torch.linalg.qr(torch.randn(n, block, generator=generator).to(matrix.device)).Q.T
-    scale = 0.0
+    scale, unit = 0.0, 1.0
     for step in range(steps):
-        now, known = slice(step * block, (step + 1) * block), (step + 1) * block
-        forward = rows_times_transposed(right[now], matrix)  # (block, m)
-        left[now], _, scale = _new_directions(forward, left[: step * block], scale)
-        image = rows_times_transposed(left[now], matrix.T)  # (block, n)
-        along = rows_times_transposed(image, right[:known])
-        new = slice(known, known + block)
-        right[new], small[now, new], scale = _new_directions(
-            image - rows_times_transposed(along, right[:known].T), right[:known], scale
-        )
-        small[now, :known] = along
-    a, s, b = torch.linalg.svd(small, full_matrices=False)
-    return left.T @ a[:, :r], s[:r], b[:r] @ right
+        known = (step + 1) * block
+        now, near = slice(step * block, known), slice(max(0, step - 1) * block, known)
+        image[now] = rows_times_transposed(right[now], matrix)
+        if step == 0:
+            # So that squares of large or small matrices stay within fp32.
+            length = float(torch.linalg.vector_norm(image[now], math.inf))
+            unit = 1.0 / length if length > 0.0 else 1.0
+        image[now] *= unit
+        if known == size:
+            squares[now, near] = rows_times_transposed(image[now], image[near])
+            break
+        back = rows_times_transposed(image[now], matrix.T).mul_(unit)  # (block, n)
+        along = rows_times_transposed(back, right[near])
+        squares[now, near] = along
+        rest = back - rows_times_transposed(along, right[near].T)
+        right[known : known + block], scale = _new_directions(rest, right[:known], scale)
+    # In a few steps no direction has settled: what they have found is all kept until the last product.
+    u = torch.linalg.qr(image.T if steps <= 3 else _leading(squares, image, r)).Q
+    return _split(u, rows_times_transposed(u.T, matrix.T))
 
 
-def _new_directions(rows: Tensor, known: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
-    """Return an orthonormal basis of what rows add to known ones, rows in it, and the largest size met."""
-    if len(known):
-        rows = rows - rows_times_transposed(rows_times_transposed(rows, known), known.T)
+def _leading(squares: Tensor, image: Tensor, r: int) -> Tensor:
+    """Return W V^T c (m, r) for the r leading right singular vectors c of W V^T.
+
+    Args:
+        squares: V W^T W V^T, of which the lower half is read, (k, k).
+        image: V W^T, (k, m).
+        r: Number of vectors, at most k.
+    """
+    values, vectors = torch.linalg.eigh(squares)
+    if float(values[-r]) < 1e-3 * float(values[-1]):
+        # The squares in fp32 do not tell these apart well enough.
+        vectors = torch.linalg.svd(torch.linalg.qr(image.T, mode="r").R).Vh.T.flip(1)
+    return rows_times_transposed(vectors[:, -r:].flip(1).T, image.T).T
+
+
+def _split(u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular triplets of u rows, for u (m, k) orthonormal and rows (k, n)."""
+    q, upper = torch.linalg.qr(rows.T)
+    a, s, b = torch.linalg.svd(upper.T, full_matrices=False)
+    return u @ a, s, b @ q.T
+
+
+def _new_directions(rows: Tensor, known: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return an orthonormal basis, as rows, of what rows add to known ones, and the largest size met."""
+    rows = rows - rows_times_transposed(rows_times_transposed(rows, known), known.T)
     q, upper = torch.linalg.qr(rows.T)
     size = upper.diagonal().abs()
-    smallest, largest = float(size.min()), float(size.max())
+    smallest, largest = torch.stack(size.aminmax()).tolist()
     scale = max(scale, largest)
-    if len(known) and smallest <= 1e-4 * scale:
+    if smallest <= 1e-4 * scale:
         # Some rows add next to nothing (the rank is reached): what QR made of them lies anywhere.
         for _ in range(2):
             q = torch.linalg.qr(q - known.T @ (known @ q)).Q
-        return q.T, rows @ q, scale
-    return q.T, upper.T, scale
+    return q.T, scale
 
 
 def recompress(

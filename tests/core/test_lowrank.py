@@ -63,6 +63,35 @@ def test_krylov_finds_the_subspace_of_a_decaying_spectrum() -> None:
     assert float(error) < 1.0001 * float(least)
 
 
+@pytest.mark.parametrize("decay", ["power", "exponential"])
+def test_a_spectrum_over_many_orders_of_magnitude(decay: str) -> None:
+    # The squares of what is sought reach down to 1e-6 (and 4e-6) of the largest, near the rounding of fp32.
+    i = torch.arange(1, 401).double()
+    spectrum = i**-2.0 if decay == "power" else torch.exp(-i / 5.0)
+    weight = matrix(500, 400, spectrum)
+    found = truncated_svd(weight, 32, oversample=0, driver="krylov")
+    torch.testing.assert_close(found.s.double(), spectrum[:32], rtol=1e-5, atol=0.0)
+    error = torch.linalg.norm(weight.double() - product(found).double())
+    assert float(error) < 1.0001 * float(torch.linalg.norm(spectrum[32:]))
+
+
+def test_a_sketch_gives_the_best_of_all_that_it_holds() -> None:
+    spectrum = torch.exp(-torch.arange(1, 401).double() / 5.0)
+    weight = matrix(500, 400, spectrum)
+    found = truncated_svd(weight, 16, n_iter=0, driver="krylov")  # 32 columns
+    error = torch.linalg.norm(weight.double() - product(found).double())
+    assert float(error) < 1.02 * float(torch.linalg.norm(spectrum[16:]))  # 1.5 for the best 16 of its rows
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_squares_of_small_and_large_matrices_stay_within_fp32(size: float) -> None:
+    weight = decaying(256, 200)
+    found = truncated_svd(size * weight, 8, driver="krylov")
+    torch.testing.assert_close(
+        found.s / size, truncated_svd(weight, 8, driver="exact").s, rtol=1e-5, atol=0.0
+    )
+
+
 def test_more_steps_come_closer() -> None:
     weight = matrix(256, 256, torch.arange(1, 257).double() ** -0.5)
     least = torch.linalg.norm(weight - product(truncated_svd(weight, 8, driver="exact"))).item()
