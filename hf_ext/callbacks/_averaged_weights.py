@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -78,6 +78,7 @@ class AveragedWeightsCallback(Callback):
         self._saved: Mapping[str, Any] | None = None
         self._model: Any = None
         self._swapped = False
+        self._places: tuple[Any, list[tuple[str, nn.Parameter]]] = None, []
 
     def begin(self, run: Run) -> None:
         """Look at the model.
@@ -149,6 +150,7 @@ class AveragedWeightsCallback(Callback):
     def undo(self) -> None:
         """Let the buffers go; the raw weights are in the model but for a run that came to its end."""
         self._average, self._model = {}, None
+        self._places = None, []
 
     @contextlib.contextmanager
     def evaluating(self) -> Generator[None]:
@@ -169,13 +171,25 @@ class AveragedWeightsCallback(Callback):
             self._swapped = False
 
     def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self._named() if parameter.requires_grad}
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         _reshard(self._model)
-        named = self._model.named_parameters()  # a tied tensor comes once
-        return {
-            name: parameter
-            for name, parameter in named
-            if parameter.requires_grad and (self.params is None or re.search(self.params, name))
-        }
+        for name, parameter in self._model.named_parameters():  # a tied tensor comes once
+            if self.params is None or re.search(self.params, name):
+                yield name, parameter
+
+    def _stepped(self, optimizer: Any) -> dict[str, Tensor]:
+        """Return what `_trained` does, after an update, for a small part of its time.
+
+        The model is searched anew only where the optimizer has other parameters than before: none that is new
+        can have been trained without that.
+        """
+        groups = getattr(optimizer, "param_groups", ())
+        known = [id(parameter) for group in groups for parameter in group["params"]]
+        if self._places[0] != known:
+            self._places = known, list(self._named())
+        return {name: parameter for name, parameter in self._places[1] if parameter.requires_grad}
 
     # State ----------------------------------------------------------------------------------------
 

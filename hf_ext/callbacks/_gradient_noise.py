@@ -122,8 +122,8 @@ class NoiseMeter:
         self._kept: list[list[Tensor | None]] = []
         self._shares: list[float] = []
         self._held: list[Tensor | None] = []
-        self._squares = torch.zeros(len(self._parameters), dtype=torch.float64)
-        self._seen = self._counted = 0
+        self._measured: list[tuple[_Squares, float]] = []  # with shares
+        self._seen = 0
 
     def set_aside(self) -> None:
         """Take what has been accumulated out of the way of the next backward."""
@@ -144,11 +144,17 @@ class NoiseMeter:
             if self._products:
                 self._keep(group, found, share)
             else:
-                self._squares += self._local_squares(found) / share
-                self._counted += 1
+                self._measured.append((self._squares_of(found), share))
+        sums: list[Tensor] = []
+        added: list[Tensor] = []
         for parameter, held, new in zip(self._parameters, self._held, found, strict=True):
             if held is not None:
-                parameter.grad = held if new is None else held.add_(new)
+                parameter.grad = held
+                if new is not None:
+                    sums.append(self._local(held))
+                    added.append(self._local(new))
+        if sums:
+            torch._foreach_add_(sums, added)  # pyright: ignore[reportPrivateImportUsage]
         self._held = []
 
     def _keep(self, group: int, found: list[Tensor | None], share: float) -> None:
@@ -190,19 +196,22 @@ class NoiseMeter:
         products = torch.zeros(1, dtype=torch.float64)
         for kept, share in zip(self._kept, self._shares, strict=True):
             if share > 0.0:
-                self._squares += self._local_squares(kept) / share
+                self._measured.append((self._squares_of(kept), share))
                 product = self._local_product(kept, mean)
                 products += (self._summed(product) if self._sharded else product) ** 2 / share
-                self._counted += 1
-        mean_squares = self._local_squares(mean)
-        counted = torch.tensor([float(self._counted)], dtype=torch.float64)
+        counted = torch.tensor([float(len(self._measured))], dtype=torch.float64)
+        copies = self._copies()
+        mean_squares = self._squares_of(mean).spread(len(mean)) / copies
+        squares = torch.zeros_like(mean_squares)
+        for measured, share in self._measured:
+            squares += measured.spread(len(mean)) / copies / share
         if self._sharded:
-            squares, mean_squares = self._summed(torch.stack([self._squares, mean_squares])).unbind()
+            squares, mean_squares = self._summed(torch.stack([squares, mean_squares])).unbind()
         else:
             # Each process's own gradients are as many times their part of the mean as there are processes.
             world = dist.world_size()
-            sums = torch.cat([self._squares / world**2, products / world**2, counted])
-            squares, products, counted = self._summed(sums).split([len(self._squares), 1, 1])
+            sums = torch.cat([squares / world**2, products / world**2, counted])
+            squares, products, counted = self._summed(sums).split([len(squares), 1, 1])
         if counted.item() < 2:
             return None
         along = float(products) if self._products else None
@@ -211,23 +220,19 @@ class NoiseMeter:
     def _summed(self, values: Tensor) -> Tensor:
         return dist.all_reduce_sum_(values.clone())
 
-    def _local_squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return (P,) squared norms, float64; of this process's shards, where there are shards."""
+    def _squares_of(self, tensors: Sequence[Tensor | None]) -> _Squares:
+        """Return squared norms; of this process's shards, where there are shards."""
         there = [index for index, tensor in enumerate(tensors) if tensor is not None]
-        squares = torch.zeros(len(tensors), dtype=torch.float64)
         if not there:
-            return squares
+            return _Squares(there, torch.zeros(0), 1)
         locals_ = [self._local(tensors[index]) for index in there]
         if self._divisor is None:
             norms = torch._foreach_norm(locals_, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-            found = torch.stack(list(norms)).double().square()
-        else:
-            parts = [
-                local.float().square() / self._divided_by(i) for i, local in zip(there, locals_, strict=True)
-            ]
-            found = torch.stack([part.sum().double() for part in parts])
-        squares[there] = found.cpu()
-        return squares / self._copies()
+            return _Squares(there, torch.stack(list(norms)), 2)
+        parts = [
+            local.float().square() / self._divided_by(i) for i, local in zip(there, locals_, strict=True)
+        ]
+        return _Squares(there, torch.stack([part.sum() for part in parts]), 1)
 
     def _local_product(self, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
         """Return (1,) the inner product over all tensors, float64; of this process's shards."""
@@ -250,6 +255,30 @@ class NoiseMeter:
         if not self._sharded:
             return torch.ones(len(self._parameters), dtype=torch.float64)
         return torch.tensor([float(_copies(p)) for p in self._parameters], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """Squared norms of some of the tensors, as they lie on the device: no backward waits for a copy of them.
+
+    Args:
+        there: Indices of the tensors that there are.
+        values: fp32, one for each of them.
+        power: What the values are to be raised to.
+    """
+
+    there: list[int]
+    values: Tensor
+    power: int
+
+    def spread(self, count: int) -> Tensor:
+        """Return (count,) the squares of all tensors on the CPU, float64; 0 for those that there are not."""
+        values = self.values.cpu().double() ** self.power
+        if len(self.there) == count:
+            return values
+        squares = torch.zeros(count, dtype=torch.float64)
+        squares[self.there] = values
+        return squares
 
 
 def _copies(parameter: Any) -> int:

@@ -40,6 +40,8 @@ __all__ = ["ContinualEMACallback", "TfidfRouter", "ema_coefficient"]
 GRADIENT = "gradient."
 COMPARED_EVERY = 1000  # updates
 _BLOCK = 1 << 18  # elements; large temporaries cost a CPU more than what is computed with them
+_SMALL = 1 << 14  # elements up to which a call costs a CPU more than what it computes
+_TOGETHER = 1 << 26  # elements whose differences an accelerator holds at once
 
 
 def ema_coefficient(
@@ -134,6 +136,7 @@ class ContinualEMACallback(AveragedWeightsCallback):
         super().reset()
         self._gradient: dict[str, Tensor] = {}
         self._room = torch.empty(_BLOCK, dtype=torch.float32, device="cpu")
+        self._rooms: dict[torch.Size, Tensor] = {}  # the same, in the shapes that have been asked for
         self._updates = 0
         self._adaptive, self._decided = 0, 0
         self._alpha = 0.0
@@ -162,20 +165,28 @@ class ContinualEMACallback(AveragedWeightsCallback):
         elif self.init == "before":
             self._average = {name: copied(parameter) for name, parameter in found.items()}
 
+    @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the average, unless the update was skipped (an overflow in fp16)."""
         if getattr(kwargs["optimizer"], "step_was_skipped", False):
             return
-        found = self._trained()
+        found = self._stepped(kwargs["optimizer"])
         new = [name for name in found if name not in self._average]
         for name in new:  # the first update with init="after", or a tensor that was made trainable
             self._average[name] = copied(found[name])
         moved = {name: p for name, p in found.items() if p.grad is not None}
         if not moved:
             return
-        sums = self._sums(moved)
+        by_mesh: dict[Any, list[str]] = {}
+        for name, parameter in moved.items():
+            by_mesh.setdefault(_mesh(parameter), []).append(name)
+        gradients = {name: _grad(parameter) for name, parameter in moved.items()}
+        if list(by_mesh) != [None]:
+            moved = {name: local(parameter) for name, parameter in moved.items()}
+            gradients = {name: local(gradient) for name, gradient in gradients.items()}
+        sums = self._sums(by_mesh, moved, gradients)
         # A sum that is not finite would spread to all that follows.
         if not all(math.isfinite(distance + size) for distance, size, _ in sums.values()):
             for name in new:
@@ -183,58 +194,99 @@ class ContinualEMACallback(AveragedWeightsCallback):
             return
         weights = self._weights({name: sums[name] for name in moved if name not in new})
         for name, weight in weights.items():
-            self._average[name].lerp_(local(found[name]).detach().float(), weight)
+            self._average[name].lerp_(_fp32(moved[name]), weight)
         if self.coefficient == "auto":
-            for name, parameter in moved.items():
-                if name in self._gradient:
-                    self._gradient[name].copy_(local(_grad(parameter)))
-                else:
-                    self._gradient[name] = copied(_grad(parameter))
+            self._keep(gradients)
         self._updates += 1
         if self._updates % COMPARED_EVERY == 0:
             self._compare(found)
 
-    def _sums(self, moved: Mapping[str, Tensor]) -> dict[str, tuple[float, float, float]]:
-        """Return for each tensor distance, gradient and change; without a former gradient change is nan."""
-        by_mesh: dict[Any, list[str]] = {}
-        for name, parameter in moved.items():
-            by_mesh.setdefault(_mesh(parameter), []).append(name)
+    def _keep(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            if name in self._gradient:
+                self._gradient[name].copy_(gradient)
+            else:
+                self._gradient[name] = copied(gradient)
+
+    def _sums(
+        self,
+        by_mesh: Mapping[Any, list[str]],
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> dict[str, tuple[float, float, float]]:
+        """Return for each tensor distance, gradient and change; without a former gradient change is nan.
+
+        Args:
+            by_mesh: Names by the mesh that their tensors are sharded over.
+            weights: This process's parts.
+            gradients: Likewise.
+        """
         found: dict[str, tuple[float, float, float]] = {}
         for key in sorted(by_mesh, key=repr):  # one order on every process: each may hold a collective
             names = by_mesh[key]
-            rows = [self._row(name, moved[name]) for name in names]
-            device = rows[0].device
-            table = torch.stack([row.to(device) for row in rows])  # (tensors, 3)
+            table = self._table([weights[name] for name in names], [gradients[name] for name in names], names)
             if key is not None:
                 mesh, sharded = key
                 for dim in sharded:
                     torch_dist.all_reduce(table, group=mesh.get_group(dim))
-            for name, row in zip(names, table.tolist(), strict=True):
-                found[name] = (row[0], row[1], row[2])
-        return {name: found[name] for name in moved}
+            found.update(zip(names, map(tuple, table.tolist()), strict=True))
+        return {name: found[name] for name in weights}
 
-    def _row(self, name: str, parameter: Tensor) -> Tensor:
-        weight, gradient = (local(tensor).detach().float() for tensor in (parameter, _grad(parameter)))
-        before = self._gradient.get(name)
-        distance, size = self._l1(weight, self._average[name]), self._l1(gradient)
-        change = gradient.new_tensor(math.nan) if before is None else self._l1(gradient, before)
-        return torch.stack([distance, size, change])
+    def _table(self, weights: list[Tensor], gradients: list[Tensor], names: list[str]) -> Tensor:
+        """Return (tensors, 3) distance, gradient and change, fp32."""
+        distances = self._l1(weights, [self._average[name] for name in names])
+        changes = [distances[0].new_tensor(math.nan)] * len(names)
+        again = [index for index, name in enumerate(names) if name in self._gradient]
+        before = [self._gradient[names[index]] for index in again]
+        for index, change in zip(again, self._l1([gradients[i] for i in again], before), strict=True):
+            changes[index] = change
+        columns = (distances, self._l1(gradients), changes)
+        device = distances[0].device
+        if any(weight.device != device for weight in weights):  # a model on several devices
+            columns = tuple([value.to(device) for value in column] for column in columns)
+        return torch.stack([torch.stack(column) for column in columns], dim=1)
 
-    def _l1(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return sum |x|, or sum |x - y|, for fp32 tensors of one shape; (), fp32."""
-        if x.device.type != "cpu":  # the allocators of accelerators keep what they have
-            return (x if y is None else x - y).abs().sum()
+    def _l1(self, xs: list[Tensor], ys: list[Tensor] | None = None) -> list[Tensor]:
+        """Return sum |x| of each tensor, or sum |x - y| of each pair with y fp32; (), fp32."""
+        sums: dict[int, Tensor] = {}
+        parts: list[list[int]] = []  # of tensors that one call takes
+        room = 0
+        for index, x in enumerate(xs):
+            size = x.numel()
+            if size > _SMALL and x.is_cpu:
+                sums[index] = self._in_blocks(x, None if ys is None else ys[index])
+                continue
+            if size > room:
+                parts.append([])
+                room = _TOGETHER
+            room -= size
+            parts[-1].append(index)
+        for part in parts:
+            tensors = [_fp32(xs[index]) for index in part]
+            if ys is not None:
+                tensors = torch._foreach_sub(tensors, [ys[index] for index in part])  # pyright: ignore[reportPrivateImportUsage]
+            norms = torch._foreach_norm(tensors, 1)  # pyright: ignore[reportPrivateImportUsage]
+            sums.update(zip(part, norms, strict=True))
+        return [sums[index] for index in range(len(xs))]
+
+    def _in_blocks(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """Return sum |x|, or sum |x - y|, without a temporary of their size."""
+        if x.numel() <= _BLOCK:
+            return self._sum(_fp32(x), y)
         x, y = x.reshape(-1), None if y is None else y.reshape(-1)
-        total = x.new_zeros(())
+        total = torch.zeros((), dtype=torch.float32)
         for start in range(0, x.numel(), _BLOCK):
-            part = x[start : start + _BLOCK]
-            out = self._room[: part.numel()]
-            if y is None:
-                torch.abs(part, out=out)
-            else:
-                torch.sub(part, y[start : start + _BLOCK], out=out).abs_()
-            total += out.sum()
+            end = start + _BLOCK
+            total += self._sum(_fp32(x[start:end]), None if y is None else y[start:end])
         return total
+
+    def _sum(self, x: Tensor, y: Tensor | None) -> Tensor:
+        room = self._rooms.get(x.shape)
+        if room is None:
+            room = self._rooms[x.shape] = self._room[: x.numel()].view(x.shape)
+        if y is None:
+            return torch.abs(x, out=room).sum()
+        return torch.sub(x, y, out=room).abs_().sum()
 
     def _weights(self, sums: Mapping[str, tuple[float, float, float]]) -> dict[str, float]:
         """Return the weight of the new weights by tensor, and count how many of them were adaptive."""
@@ -301,6 +353,10 @@ class ContinualEMACallback(AveragedWeightsCallback):
 def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 def _mesh(tensor: Tensor) -> Any:

@@ -91,6 +91,60 @@ def build(
     return hf_ext.attach(trainer, *callbacks) if attach else trainer
 
 
+def build_fp16(
+    folder: Path | str, *callbacks: Callback, overflows: Iterable[int], unseen: bool = False, **options: Any
+) -> Trainer:
+    """Return a Trainer as `build` does, in fp16 with a scaler of gradients, in which some updates overflow.
+
+    Accelerate makes a scaler on every device but the CPU, where one works as well.
+
+    Args:
+        folder: Output folder.
+        *callbacks: Callbacks of the library.
+        overflows: Updates that overflow, by their numbers from 1.
+        unseen: Whether the optimizer leaves them out by itself: with a fused kernel, the Trainer's default,
+            Accelerate takes a step for made that was not.
+        **options: Those of `build`.
+    """
+    others = [Overflows(overflows), *options.pop("others", ())]
+    optimizer = "adamw_torch_fused" if unseen else "adamw_torch"
+    trainer = build(folder, *callbacks, others=others, fp16=True, optim=optimizer, **options)
+    accelerator: Any = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    accelerator.native_amp = True
+    return trainer
+
+
+class Overflows(TrainerCallback):
+    """Let the gradients of some updates overflow, and see that others do not."""
+
+    def __init__(self, updates: Iterable[int]) -> None:
+        self.updates = frozenset(updates)
+        self._now = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trained = next(p for p in kwargs["model"].parameters() if p.requires_grad)
+        self._hook = trained.register_hook(lambda gradient: gradient * torch.inf if self._now else gradient)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._now = state.global_step + 1 in self.updates
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        fused = args.optim == "adamw_torch_fused"
+        assert kwargs["optimizer"].step_was_skipped == (self._now and not fused)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hook.remove()
+
+
 def make(info: MethodInfo, **settings: Any) -> Callback:
     """Return a registered callback with its test settings, or with these."""
     cls: Any = info.target

@@ -220,6 +220,21 @@ def test_a_tensor_that_begins_to_train_joins() -> None:
     assert loop.average("w1") == [0.5, 1.0]
 
 
+def test_a_module_that_the_optimizer_takes_up_joins() -> None:
+    loop = Loop()
+    optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.0)
+    nothing: Any = None
+    for _ in range(2):
+        loop.model.get_parameter("w0").grad = torch.ones(2)
+        loop.callback.on_optimizer_step(nothing, nothing, nothing, optimizer=optimizer)
+    late = nn.Linear(2, 1, bias=False)
+    loop.model.add_module("late", late)
+    optimizer.add_param_group({"params": list(late.parameters())})
+    late.weight.grad = torch.ones(1, 2)
+    loop.callback.on_optimizer_step(nothing, nothing, nothing, optimizer=optimizer)
+    assert torch.equal(loop.callback._average["late.weight"], late.weight)
+
+
 def test_half_precision_weights_have_a_full_precision_average() -> None:
     loop = Loop(coefficient=0.01)
     weight = loop.model.get_parameter("w0")
@@ -512,6 +527,9 @@ def test_a_best_checkpoint_that_raw_weights_have_chosen_is_refused(tmp_path: Pat
         resume_for_the_best_average(tmp_path, raw)
 
 
+SIZES = ((12, 3), (40_000, 200), (0, 5), (300_001, 1), (40_000, 200), (7, 7))
+
+
 def test_sums_do_not_depend_on_torch_s_defaults() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -519,9 +537,14 @@ def test_sums_do_not_depend_on_torch_s_defaults() -> None:
         callback.reset()
     finally:
         torch.set_default_dtype(torch.float32)
-    x = torch.linspace(-1.0, 1.0, 300_001)  # more than a block
-    assert callback._l1(x).item() == pytest.approx(x.abs().sum().item(), rel=1e-5)
-    assert callback._l1(x, 0.5 * x).item() == pytest.approx(0.5 * x.abs().sum().item(), rel=1e-5)
+    # Small ones, one of a block, and one of more than a block.
+    xs = [torch.linspace(-1.0, 1.0, size).view(-1, width) for size, width in SIZES]
+    wanted = [x.double().abs().sum().item() for x in xs]
+    assert [found.item() for found in callback._l1(xs)] == pytest.approx(wanted, rel=1e-5)
+    halves = callback._l1(xs, [0.5 * x for x in xs])
+    assert [2.0 * found.item() for found in halves] == pytest.approx(wanted, rel=1e-5)
+    assert {found.dtype for found in halves} == {torch.float32}
+    assert callback._l1([]) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.callbacks.runs import (
     SaveAt,
     StopAt,
     build,
+    build_fp16,
     equal,
     logged,
     make,
@@ -163,6 +164,30 @@ def test_killed_and_resumed_equals_one_run(
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.log_history[MIDDLE - 1]["step"] == MIDDLE
     assert equal(parameters(resumed), parameters(whole))
+
+
+@pytest.mark.parametrize("info", CALLBACKS)
+@pytest.mark.parametrize("unseen", [False, True])
+def test_updates_that_overflow_in_fp16(info: MethodInfo, unseen: bool, tmp_path: Path) -> None:
+    """The schedule waits for a skipped update, as the Trainer's own does, and in a resumed run too."""
+    overflows = (2, MIDDLE, MIDDLE + 2)
+    whole = build_fp16(tmp_path / "whole", make(info), overflows=overflows, unseen=unseen)
+    whole.train()
+    assert all(value.isfinite().all() for value in parameters(whole).values())
+    rates = logged(whole, "learning_rate")
+    if not unseen:
+        assert all(rates[update] == rates[update - 1] for update in overflows)
+    if not make(info).owns & {"batch_size"}:  # which is chosen by the gradients, and with it the rate's pace
+        without = build(tmp_path / "without", make(info), save_strategy="no")
+        without.train()
+        made = [rate for update, rate in enumerate(rates, 1) if unseen or update not in overflows]
+        assert made == logged(without, "learning_rate")[: len(made)]
+    resumed = build_fp16(tmp_path / "resumed", make(info), overflows=overflows, unseen=unseen)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{MIDDLE}"))
+    assert equal(parameters(resumed), parameters(whole))
+    assert logged(resumed, "learning_rate") == rates
+    last = f"checkpoint-{STEPS}"
+    assert state_files(tmp_path / "resumed" / last) == state_files(tmp_path / "whole" / last)
 
 
 @pytest.mark.parametrize("info", CALLBACKS)
