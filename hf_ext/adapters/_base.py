@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .._compat.peft import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -28,7 +27,6 @@ from .._compat.peft import (
     gather_params_ctx,
     get_pattern_key,
     get_quantization_kwargs,
-    in_out_features,
     resolve_quantization_backend,
 )
 from ..core import dist
@@ -43,6 +41,7 @@ from ._injection import (
     refuse_sharded_merge,
     register_tuner,
 )
+from ._layouts import LINEAR, layout_of, refuse_shared, refuse_tensor_parallel
 from ._merging import KeepsOriginal
 from ._mixed_batch import RowNames
 
@@ -174,12 +173,14 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
     All adapter tensors are fp32 unless the user casts them, on the base layer's device, in `ParameterDict`s
     keyed by adapter name: `adapter_layer_names` are trained, `adapter_frozen_names` are not and are saved all
     the same. (Frozen parameters and not buffers: FSDP2 shards them, and Accelerate's loading from rank 0
-    broadcasts parameters only.) Weights are in (out_features, in_features) layout throughout; Conv1D is
-    transposed at the border.
+    broadcasts parameters only.) Weights are in (out_features, in_features) layout throughout; `layout` knows
+    the base layer's own. A method that computes with it alone takes embeddings and convolutions too.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
     adapter_frozen_names: tuple[str, ...] = ()
+    inner_names: ClassVar[tuple[str, ...]] = ()  # those of shape (k, in_features), for such methods
+    kinds: ClassVar[frozenset[str]] = LINEAR  # of layers that it takes; set by register_adapter
     needs_base_at_init: ClassVar[bool] = False
 
     base_layer: nn.Module
@@ -192,15 +193,16 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         self.module_name = module_name
         core = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(core, **quantization)
-        self.is_conv1d = isinstance(core, Conv1D)
-        if not (isinstance(core, nn.Linear | Conv1D) or self._is_quantized_linear()):
-            raise TypeError(
-                f"{module_name}: layers of type {type(core).__name__} cannot be adapted; "
-                "supported are nn.Linear, Conv1D and quantized linear layers"
-            )
-        _refuse_tensor_parallel(core, module_name)
-        features = in_out_features(core)
-        self.in_features, self.out_features = cast(tuple[int, int], features)
+        backend = self.quantization_backend
+        self.layout = layout_of(
+            core,
+            self.kinds,
+            module_name,
+            quantized=backend is not None,
+            linear=backend is not None and backend.layer_type == "linear",
+        )
+        refuse_tensor_parallel(core, module_name)
+        self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict())
         self.configs: dict[str, AdapterConfig] = {}
@@ -218,9 +220,6 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
     def tensor_names(self) -> tuple[str, ...]:
         """Names of all adapter tensors, trained and frozen."""
         return (*self.adapter_layer_names, *self.adapter_frozen_names)
-
-    def _is_quantized_linear(self) -> bool:
-        return self.quantization_backend is not None and self.quantization_backend.layer_type == "linear"
 
     # What a method supplies ------------------------------------------------------------------------
 
@@ -246,6 +245,9 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         """
         limit = min(self.in_features, self.out_features)
         check(r <= limit, "r", r, f"at most {limit}, the layer's smaller side", where=self.module_name)
+        # A checkpoint could not be told from a linear layer's.
+        square = self.layout.kind == "embedding" and r == self.in_features == self.out_features
+        check(not square, "r", r, "below both sides of an embedding", where=self.module_name)
 
     def random_values(self, r: int, config: Any) -> dict[str, Tensor]:
         """Return a start that changes the output: normal, standard deviation 1 / sqrt(last axis)."""
@@ -322,7 +324,9 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         self.adapter_dropout[name] = nn.Dropout(config.dropout) if config.dropout > 0.0 else nn.Identity()
         for attribute in self.tensor_names:
             value = torch.zeros(shapes[attribute]) if values is None else values[attribute]
-            self.set_tensor(attribute, name, value.to(device))
+            if attribute in self.inner_names and values is not None:
+                value = self.layout.trainable(value)
+            self.set_tensor(attribute, name, self.stored(attribute, value).to(device))
         if values is not None:
             self.after_change()
 
@@ -330,6 +334,14 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         """Put a tensor in place as a parameter, trained or frozen as its attribute is."""
         trained = attribute in self.adapter_layer_names
         getattr(self, attribute)[name] = nn.Parameter(value.detach(), requires_grad=trained)
+
+    def stored(self, attribute: str, matrix: Tensor) -> Tensor:
+        """Return a matrix as the tensor of that name is kept, contiguous."""
+        return self.layout.stored(matrix, attribute in self.inner_names).contiguous()
+
+    def plain(self, attribute: str, stored: Tensor) -> Tensor:
+        """Return the matrix of a tensor that is kept under that name."""
+        return self.layout.plain(stored, attribute in self.inner_names)
 
     def awaits_values(self, name: str) -> bool:
         """Return whether one adapter's trained tensors are on the meta device, to be loaded."""
@@ -367,8 +379,13 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
                 container[adapter_name].data = container[adapter_name].data.to(target)
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
-        """Return one adapter's tensors by attribute name: detached, whole, fp32."""
-        return {n: dist.full_tensor(getattr(self, n)[name].detach()).float() for n in self.tensor_names}
+        """Return one adapter's tensors by attribute name, as matrices: detached, whole, fp32."""
+        return {
+            attribute: self.plain(
+                attribute, dist.full_tensor(getattr(self, attribute)[name].detach()).float()
+            )
+            for attribute in self.tensor_names
+        }
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter; the last one to go leaves the layer a plain base layer."""
@@ -391,21 +408,30 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
                 raise ValueError(
                     f"{self.module_name}: {backend} weights cannot be read back: {error}"
                 ) from error
-            return (whole.T if self.is_conv1d else whole).detach().float()
+            return self.layout.matrix(whole).detach().float()
 
     def base_parameter(self) -> Tensor:
         """Return the weight of an unquantized base layer, in its own layout and dtype."""
         return cast(Tensor, self.get_base_layer().weight)
 
+    def base_beside(self, name: str) -> Tensor | None:
+        """Return the base weight that goes with one adapter's tensors, where it is not the one in place."""
+        return self.before_merge["weight"] if isinstance(self.before_merge, dict) else None
+
+    def takes_base(self, name: str) -> bool:
+        """Return whether the base weight of a checkpoint of that adapter can be put in place."""
+        return True
+
     # Merging --------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update in the base layer's own layout, as PEFT's LoRA conversion asks for it."""
-        delta = self.delta_weight(adapter)
-        return delta.T if self.is_conv1d else delta
+        return self.layout.weight(self.delta_weight(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether the update is a fixed low-rank matrix."""
+        """Return whether the update is a fixed low-rank matrix of a linear layer, as PEFT takes it to be."""
+        if self.layout.kind != "linear":
+            return False
         tensors, config = self.adapter_tensors(adapter_name), self.configs[adapter_name]
         return self.module_factors(tensors, config, self.module_name) is not None
 
@@ -433,7 +459,7 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         try:
             stored = self.get_base_weight()
             delta = self.stored_delta(target)
-            merged = (stored.float() + (delta.T if self.is_conv1d else delta)).to(stored.dtype)
+            merged = (stored.float() + self.layout.weight(delta)).to(stored.dtype)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(
                     f"{self.module_name}: merging {', '.join(names)} gives NaN or infinite weights"
@@ -472,7 +498,7 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         """Return the base layer's output plus that of the active adapters, in the base output's dtype.
 
         Args:
-            x: (..., in_features).
+            x: (..., in_features); for a convolution or an embedding what it takes.
             args: What else the base layer takes.
             adapter_names: The adapter of each row of x, in place of the active ones.
             kwargs: What else the base layer takes.
@@ -511,6 +537,9 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         out = self.add_inactive(out, x, active)
         return out if out.dtype == dtype else out.to(dtype)
 
+    def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x if self.layout.kind == "embedding" else super()._cast_input_dtype(x, dtype)
+
     def forward_base(
         self, x: Tensor, active: list[str], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, list[str]]:
@@ -533,16 +562,6 @@ def _creates_meta() -> bool:
     probe = nn.Module()
     probe.p = nn.Parameter(torch.empty(0))
     return probe.p.is_meta
-
-
-def _refuse_tensor_parallel(core: nn.Module, name: str) -> None:
-    weight = getattr(core, "weight", None)
-    if getattr(core, "_hf_tp_plan", None) is not None or (
-        weight is not None and dist.is_tensor_parallel(weight)
-    ):
-        raise ValueError(
-            f"{name}: tensor-parallel layers cannot be adapted; load the model without a tp_plan"
-        )
 
 
 class AdapterModel(TrainsBiases):
@@ -597,7 +616,8 @@ class AdapterModel(TrainsBiases):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        self._refuse_tied(target, current_key)
+        if not isinstance(target, AdapterLinear):
+            refuse_shared(self.model, self.get_model_config(self.model), target, current_key)
         if isinstance(target, self.tuner_layer_cls):
             self._undo.append(lambda: target.delete_adapter(adapter_name))
             target.add_adapter(adapter_name, peft_config)
@@ -623,22 +643,6 @@ class AdapterModel(TrainsBiases):
         # fails for layers whose weight is on the meta device or absent.
         setattr(parent, child_name, new_module)
 
-    def _refuse_tied(self, target: nn.Module, name: str) -> None:
-        config = self.get_model_config(self.model)
-        weight = getattr(target, "weight", None)
-        if (
-            not config.get("tie_word_embeddings")
-            or weight is None
-            or not hasattr(self.model, "get_input_embeddings")
-        ):
-            return
-        embedding = self.model.get_input_embeddings()
-        if embedding is not None and getattr(embedding, "weight", None) is weight:
-            raise ValueError(
-                f"target_modules: {name} shares its weight with the input embedding (tie_word_embeddings); "
-                "load the model with tie_word_embeddings=False to adapt it"
-            )
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self.adapter_layers(adapter_name):
             _, base_dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
@@ -659,6 +663,29 @@ class AdapterModel(TrainsBiases):
         return [layer for layer in layers if adapter_name is None or adapter_name in layer.configs]
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        for path, layer in model.named_modules():
+            # PEFT goes on to take the base of an adapted embedding or head from this state.
+            key = f"{path}.base_layer.weight"
+            if isinstance(layer, AdapterLinear) and key in state_dict:
+                weight = layer.base_beside(adapter_name)
+                state_dict[key] = state_dict[key] if weight is None else weight
+        return super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -676,6 +703,9 @@ class AdapterModel(TrainsBiases):
             for attribute in cls._saved_names(cast(AdapterConfig, config))
         }
         check_checkpoint(wanted, remapped, cls.prefix)
+        for path, layer in layers.items():
+            if not layer.takes_base(adapter_name):
+                remapped.pop(f"{path}.base_layer.weight", None)
         load_biases(model, biases)
         return remapped
 
@@ -706,7 +736,8 @@ def register_adapter(
         summary: One line of what a user gets.
         paper: Identifier, or None.
         supports: Flags: "starts_at_base", "exact_base" (disabled, it is the base bit for bit), "merge",
-            "lora_export", "multi_adapter" (several of one form on one layer), "conv1d", "quantized".
+            "lora_export", "multi_adapter" (several of one form on one layer), "conv1d", "quantized",
+            "embeddings", "convolutions".
         test_kwargs: Smallest settings for the contract suite.
         bad_kwargs: Settings to be refused.
         variants: Further forms of the method for the contract suite.
@@ -716,8 +747,11 @@ def register_adapter(
     Raises:
         ValueError: The name is taken.
     """
+    supported = frozenset(supports)
 
     def decorate(layer: LayerT) -> LayerT:
+        flags = {"embeddings": "embedding", "convolutions": "convolution"}
+        layer.kinds = LINEAR | {kind for flag, kind in flags.items() if flag in supported}
         stem = layer.__name__.removesuffix("Linear")
         tuner = type(
             f"{stem}Model",
@@ -738,7 +772,7 @@ def register_adapter(
                 paper=paper,
                 target=layer,
                 config=config,
-                supports=frozenset(supports),
+                supports=supported,
                 test_kwargs=dict(test_kwargs or {}),
                 bad_kwargs=tuple(bad_kwargs),
                 variants=tuple(variants),

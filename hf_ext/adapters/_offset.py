@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import dist
@@ -66,6 +65,7 @@ class OffsetLinear(AdapterLinear):
         # Name of the adapter whose L R is missing from the stored base weight.
         self.residual_of: str | None = None
         self._offset_before_load: tuple[Tensor, Tensor] | None = None
+        self._base_loaded = False
         # Kept until the first forward: a checkpoint loaded right after injection starts from exact weights.
         self._original: Any = None
         self._written: tuple[int, ...] = ()  # which L and R the residual was written for
@@ -136,7 +136,7 @@ class OffsetLinear(AdapterLinear):
         return {**values, **{name: torch.zeros_like(values[name]) for name in self.offset_names}}
 
     def offset(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return one adapter's frozen L (out_features, k) and R (k, in_features)."""
+        """Return one adapter's frozen L (out_features, k) and R (k, in_features), as they are kept."""
         left, right = self.offset_names
         return getattr(self, left)[name], getattr(self, right)[name]
 
@@ -151,15 +151,15 @@ class OffsetLinear(AdapterLinear):
 
     def forward_delta(self, x: Tensor, name: str) -> Tensor:
         """Return the trained part, less L R x where the stored base still holds it."""
-        out = self.forward_trained(self.adapter_dropout[name](x), name)
+        out = self.layout.drop(self.adapter_dropout[name], x, lambda kept: self.forward_trained(kept, name))
         return out if self.residual_of == name else out - self._forward_offset(x, name)
 
     def _forward_offset(self, x: Tensor, name: str) -> Tensor:
         left, right = self.offset(name)
         # L and R keep fp32 where a trainer has cast what is trained.
-        inner = F.linear(self._cast_input_dtype(x, right.dtype), right)
+        inner = self.layout.project(self._cast_input_dtype(x, right.dtype), right)
         factor = self.offset_scale(self.scale[name])
-        return F.linear(inner if factor == 1.0 else inner * factor, left)
+        return self.layout.expand(inner if factor == 1.0 else inner * factor, left)
 
     def forward_base(
         self, x: Tensor, active: list[str], *args: Any, **kwargs: Any
@@ -200,6 +200,7 @@ class OffsetLinear(AdapterLinear):
         return self._multiplied(*self.offset(name), self.scale[name])
 
     def _multiplied(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
+        left, right = (self.plain(key, t) for key, t in zip(self.offset_names, (left, right), strict=True))
         return (self.offset_scale(scale) * left.float() @ right.float()).detach()
 
     def taken_out(self) -> Tensor | float:
@@ -209,6 +210,20 @@ class OffsetLinear(AdapterLinear):
     def original(self, weight: Tensor) -> Tensor:
         """Return a stored base weight, fp32, with what it lacks put back; the same tensor where nothing."""
         return weight if self.residual_of is None else weight + self.taken_out()
+
+    def base_beside(self, name: str) -> Tensor | None:
+        """Return the base weight that goes with one adapter's tensors: without another one's residual."""
+        found = super().base_beside(name)
+        if self.takes_base(name):
+            return found
+        weight = self.base_parameter().data if found is None else found
+        return (weight.float() + self.layout.weight(self._product(cast(str, self.residual_of)))).to(
+            weight.dtype
+        )
+
+    def takes_base(self, name: str) -> bool:
+        """Return whether no other adapter has taken anything out of the base."""
+        return self.residual_of in (None, name)
 
     def after_change(self) -> None:
         """Write the residual into the base, where an adapter asks for it and has not done so."""
@@ -221,13 +236,19 @@ class OffsetLinear(AdapterLinear):
                 self._write_base(self._original, -1.0, self._product(name))
                 self._written = self._state_of(name)
 
+    def adopt_residual(self) -> None:
+        """Take the base weight for the residual of the adapter that asks for one, whose tensors are there."""
+        for name, config in self.configs.items():
+            if cast(OffsetConfig, config).base_mode == "residual" and not self.awaits_values(name):
+                self.residual_of, self._written = name, self._state_of(name)
+
     def rewrite_residual(self, name: str, left: Tensor, right: Tensor) -> None:
         """Write the residual of L and R as they are now into a base that lacks the product of earlier ones.
 
         Args:
             name: The adapter that has written its residual.
-            left: L as it was then, (out_features, k).
-            right: R as it was then, (k, in_features).
+            left: L as it was then, (out_features, k), as it is kept.
+            right: R as it was then, (k, in_features), as it is kept.
         """
         now = self.offset(name)
         if torch.equal(now[0], left) and torch.equal(now[1], right):
@@ -247,7 +268,7 @@ class OffsetLinear(AdapterLinear):
             where=self.module_name,
         )
         now = self.base_parameter()
-        new = weight.to(now.device).float() + sign * (change.T if self.is_conv1d else change)
+        new = weight.to(now.device).float() + sign * self.layout.weight(change)
         now.data = new.to(now.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -277,6 +298,7 @@ def _remember_offset(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
     layer = cast(OffsetLinear, module)
     # A state of the whole model brings the base as it was, residual and all (FSDP loads so).
     whole = any(key.startswith(f"{prefix}base_layer.") for key in state_dict)
+    layer._base_loaded = whole
     if whole:
         layer._original = None
     ours = any(key.startswith(f"{prefix}{name}.") for key in state_dict for name in layer.tensor_names)
@@ -294,6 +316,8 @@ def _refresh_residual(module: nn.Module, _: object) -> None:
     before, layer._offset_before_load = layer._offset_before_load, None
     name = layer.residual_of
     if name is None:
+        if layer._base_loaded:
+            layer.adopt_residual()
         layer.after_change()
         return
     if before is not None:

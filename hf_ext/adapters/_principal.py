@@ -78,7 +78,9 @@ class PrincipalLinear(RecomputedLinear, OffsetLinear):
         """Return the trained tensors and the basis from the leading r triplets of the base weight."""
         assert weight is not None
         svd = truncated_svd(
-            self.original(weight),  # a second adapter starts from W0 as the first one did
+            self.layout.trainable(
+                self.original(weight)
+            ),  # a second adapter starts from W0 as the first one did
             r,
             oversample=config.oversample,
             n_iter=config.n_iter,
@@ -92,7 +94,7 @@ class PrincipalLinear(RecomputedLinear, OffsetLinear):
 
     def marks(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the fingerprint of U C."""
-        return {"fingerprint": fingerprint(*(tensors[attribute] for attribute in self.offset_names))}
+        return {"fingerprint": fingerprint(*(self.plain(key, tensors[key]) for key in self.offset_names))}
 
     def recall(self, name: str, marks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return U and C as injection has computed them.
@@ -100,7 +102,7 @@ class PrincipalLinear(RecomputedLinear, OffsetLinear):
         Raises:
             ValueError: Their product is not the checkpoint's.
         """
-        u, c = (dist.full_tensor(tensor) for tensor in self.offset(name))
+        u, c = (self.plain(key, dist.full_tensor(getattr(self, key)[name])) for key in self.offset_names)
         found, wanted = float(fingerprint(u, c)), float(marks["fingerprint"])
         # Relative to the size of U C: the form itself can come out near zero.
         check(

@@ -40,7 +40,7 @@ class RecomputedLinear(AdapterLinear):
 
         Args:
             name: The adapter.
-            tensors: The recomputed tensors, whole, by attribute name.
+            tensors: The recomputed tensors as they are kept, whole, by attribute name.
         """
 
     @abstractmethod
@@ -81,7 +81,8 @@ class RecomputedLinear(AdapterLinear):
         )
         values = self.initial_values(config.rank_of(self.module_name), config, self.base_weight())
         for attribute in self.recomputed_names:  # past init_empty_weights, which would empty them again
-            value = nn.Parameter(values[attribute].to(self._base_device()), requires_grad=False)
+            value = self.stored(attribute, values[attribute]).to(self._base_device())
+            value = nn.Parameter(value, requires_grad=False)
             getattr(self, attribute)._parameters[name] = value
 
 

@@ -318,7 +318,7 @@ class BoneLinear(AdapterLinear):
     def _bat_linear(self, x: Tensor, block: Tensor, *, with_weight: bool) -> Tensor:
         weight = self._whole_weight() if self.quantization_backend is None else self.get_base_weight
         x = x.to(self._product_dtype(x, block))
-        return bat_linear(x, weight, block, transposed=self.is_conv1d, with_weight=with_weight)
+        return bat_linear(x, weight, block, transposed=self.layout.transposed, with_weight=with_weight)
 
     def _whole_weight(self) -> Tensor:
         weight = self.base_parameter()
@@ -329,7 +329,7 @@ class BoneLinear(AdapterLinear):
 
     def _chained(self, x: Tensor, out: Tensor, names: Sequence[str]) -> Tensor:
         weight = self._whole_weight() if self.quantization_backend is None else self.get_base_weight()
-        weight = (weight.T if self.is_conv1d else weight).float()
+        weight = self.layout.matrix(weight).float()
         for name in names:
             block = self.bone_block[name]
             delta = self._delta(block.float(), weight)

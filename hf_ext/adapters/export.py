@@ -11,10 +11,10 @@ from __future__ import annotations
 import collections
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -24,11 +24,17 @@ from ..core.files import atomic_folder, read_json, read_tensors, write_bytes, wr
 from ..core.lowrank import recompress
 from ._base import AdapterConfig, AdapterLinear
 from ._injection import add_lora_option, tuner_of
+from ._layouts import EmbeddingLayout, Layout
 from ._lora import LoraStartConfig, LoraStartLayer
 
 __all__ = ["export_to_lora"]
 
 _PREFIX = "base_model.model."
+# Factors B (out_features, r) and A (r, in_features) as a LoRA checkpoint has them.
+_AsLora: TypeAlias = Callable[[Tensor, Tensor], dict[str, Tensor]]
+_Source: TypeAlias = tuple[
+    AdapterConfig | LoraStartConfig, dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, _AsLora]
+]
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -56,23 +62,23 @@ def export_to_lora(
         without a `rank`.
 
     Raises:
-        ValueError: The adapter's update has no low rank, or is not of what `against` names, or a file is
-            damaged or incomplete.
+        ValueError: The adapter's update has no low rank, or is not of what `against` names, or a layer is of
+            a kind that PEFT's LoRA has not, or a file is damaged or incomplete.
         OSError: The folder cannot be written.
     """
     check(rank is None or rank >= 1, "rank", rank, "None or at least 1")
     check_choice("against", against, ("base", "quantized_base"))
     _check_replaceable(Path(out))
     if isinstance(model_or_path, nn.Module):
-        config, layers, others = _from_model(model_or_path, adapter_name)
+        config, layers, others, forms = _from_model(model_or_path, adapter_name)
     else:
-        config, layers, others = _from_folder(Path(model_or_path))
+        config, layers, others, forms = _from_folder(Path(model_or_path))
     is_lora = isinstance(config, LoraStartConfig)
     if is_lora and rank is None and against == "base":  # it is one already
         tensors = {**others, **{key: value for own in layers.values() for key, value in own.items()}}
         settings, dropped = _settings(_inference(config.plain_lora())), dict.fromkeys(layers, 0.0)
     else:
-        tensors, ranks, dropped = _factored(config, layers, others, rank, against)
+        tensors, ranks, dropped = _factored(config, layers, others, forms, rank, against)
         settings = _lora_settings(config, ranks)
         if not any(key.endswith(".bias") for key in others):  # those of old BONE checkpoints
             settings["bias"] = "none"
@@ -94,6 +100,7 @@ def _factored(
     config: Any,
     layers: Mapping[str, Mapping[str, Tensor]],
     others: Mapping[str, Tensor],
+    forms: Mapping[str, _AsLora],
     rank: int | None,
     against: str,
 ) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:
@@ -116,8 +123,11 @@ def _factored(
             pair is not None, "adapter", config.type_name, "of a type whose update has low rank", where=module
         )
         b, a, dropped[module] = recompress(*cast(tuple[Tensor, Tensor], pair), rank=rank)
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
+        try:
+            named = forms.get(module, Layout.as_lora)(b, a)
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+        tensors.update({f"{_PREFIX}{module}.{key}": value.contiguous() for key, value in named.items()})
         ranks[module] = a.shape[0]
     return tensors, ranks, dropped
 
@@ -144,30 +154,49 @@ def _check_finite(tensors: Mapping[str, Tensor], module: str) -> None:
         check(bool(tensor.isfinite().all()), name, "NaN or infinite values", "finite", where=module)
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], layer_class: Any, config: Any, module: str) -> None:
-    r = config.rank_of(module)
+def _check_shapes(tensors: dict[str, Tensor], layer_class: Any, config: Any, module: str) -> bool:
+    """Check the shapes of one layer's tensors; bring those of an embedding into the form of a linear layer's.
+
+    Returns:
+        Whether they were an embedding's.
+    """
+    r, kinds = config.rank_of(module), layer_class.kinds
+    for name, tensor in tensors.items():
+        rule = "one of no convolution, whose LoRA takes what a folder does not hold: export the loaded model"
+        is_filter = "convolution" in kinds and tensor.dim() > 2
+        check(not is_filter, name, tuple(tensor.shape), rule, where=module)
     # A folder does not tell a layer's sizes; negative ones stand for them, and fit any.
     wanted = layer_class.shapes(SimpleNamespace(in_features=-1, out_features=-2), r, config)
-    for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        fits = len(shape) == len(wanted[name]) and all(
-            want < 0 or want == size for want, size in zip(wanted[name], shape, strict=True)
-        )
-        check(fits, name, shape, f"of the config's rank {r}", where=module)
+
+    def misfit(given: Mapping[str, Tensor]) -> str | None:
+        for name, tensor in given.items():
+            sizes = zip(wanted[name], tensor.shape, strict=False)
+            if tensor.dim() != len(wanted[name]) or any(0 <= want != size for want, size in sizes):
+                return name
+        return None
+
+    turned = {name: tensor.T if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
+    wrong = misfit(tensors)
+    is_embedding = wrong is not None and "embedding" in kinds and misfit(turned) is None
+    if wrong is not None and not is_embedding:
+        check(False, wrong, tuple(tensors[wrong].shape), f"of the config's rank {r}", where=module)
+    if is_embedding:
+        tensors.update(turned)
+    return is_embedding
 
 
-def _from_model(
-    model: nn.Module, adapter_name: str
-) -> tuple[AdapterConfig | LoraStartConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _from_model(model: nn.Module, adapter_name: str) -> _Source:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
+    forms: dict[str, _AsLora] = {}
     config: Any = None
     for path, module in model.named_modules():
         if isinstance(module, AdapterLinear) and adapter_name in module.configs:
             config = module.configs[adapter_name]
             layers[module.module_name] = {k: v.cpu() for k, v in module.adapter_tensors(adapter_name).items()}
+            forms[module.module_name] = module.layout.as_lora
         elif isinstance(module, LoraStartLayer) and adapter_name in module.configs:
             config = module.configs[adapter_name]
             inner = path.removeprefix(_PREFIX)  # wrappers of one module's parameters are nested
@@ -193,7 +222,7 @@ def _from_model(
             "base_model_class": type(base).__name__,
             "parent_library": type(base).__module__,
         }
-    return config, layers, others
+    return config, layers, others, forms
 
 
 def _biases(
@@ -217,7 +246,7 @@ def _biases(
 
 def _from_folder(
     folder: Path,
-) -> tuple[AdapterConfig | LoraStartConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+) -> _Source:
     path = folder / "adapter_config.json"
     check(path.is_file(), "adapter folder", str(folder), "a folder with an adapter_config.json")
     settings: dict[str, Any] = read_json(path)
@@ -233,11 +262,12 @@ def _from_folder(
             r = config.rank_of(module)
             for key, tensor in own.items():
                 check(r in tensor.shape, key, tuple(tensor.shape), f"of the config's rank {r}")
-        return config, loras, others
+        return config, loras, others, {}
     wanted = {*layer_class.adapter_layer_names, *layer_class.adapter_frozen_names}
 
     layers: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     others: dict[str, Tensor] = {}
+    forms: dict[str, _AsLora] = {}
     for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
         module, _, attribute = key.rpartition(".")
         if attribute in wanted:
@@ -259,8 +289,12 @@ def _from_folder(
         missing = sorted(wanted - set(own))
         given = f"no {', '.join(missing)} for {module}"
         check(not missing, "adapter_model.safetensors", given, rule, where=str(folder))
-        _check_shapes(own, layer_class, config, module)
-    return config, dict(layers), others
+        if _check_shapes(own, layer_class, config, module):
+            forms[module] = EmbeddingLayout.as_lora
+        # PEFT saves the base beside an adapted embedding or head: without what was taken out of it.
+        if getattr(config, "base_mode", "") == "residual":
+            others.pop(f"{_PREFIX}{module}.base_layer.weight", None)
+    return config, dict(layers), others, forms
 
 
 def _lora_tensors(

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.checks import check
@@ -78,6 +77,8 @@ class PissaConfig(PrincipalConfig):
         "multi_adapter",
         "conv1d",
         "quantized",
+        "embeddings",
+        "convolutions",
     },
     test_kwargs={"r": 4},
     variants=(Variant(name="residual", test_kwargs={"base_mode": "residual"}, lacks=RESIDUAL_LACKS),),
@@ -101,6 +102,7 @@ class PissaLinear(PrincipalLinear):
     adapter_layer_names = ("pissa_A", "pissa_B")
     adapter_frozen_names = ("pissa_U", "pissa_C")
     offset_names = ("pissa_U", "pissa_C")
+    inner_names = ("pissa_A", "pissa_C")
 
     pissa_A: nn.ParameterDict
     pissa_B: nn.ParameterDict
@@ -163,7 +165,8 @@ class PissaLinear(PrincipalLinear):
 
     def forward_trained(self, x: Tensor, name: str) -> Tensor:
         """Return s B (A x)."""
-        return F.linear(F.linear(x, self.pissa_A[name]) * self.scale[name], self.pissa_B[name])
+        inner = self.layout.project(x, self.pissa_A[name]) * self.scale[name]
+        return self.layout.expand(inner, self.pissa_B[name])
 
     # QPiSSA ---------------------------------------------------------------------------------------
 
@@ -200,7 +203,7 @@ class PissaLinear(PrincipalLinear):
         """
         folder = _model_folder(cast(str, config.original_weights))
         weight = tensor_of_model(folder, f"{self.module_name}.weight").float()
-        weight = weight.T if self.is_conv1d else weight
+        weight = self.layout.matrix(weight)
         shape = (self.out_features, self.in_features)
         rule = f"the model that was quantized, whose {self.module_name} is {shape}"
         check(tuple(weight.shape) == shape, "original_weights", tuple(weight.shape), rule)
@@ -226,7 +229,7 @@ class PissaLinear(PrincipalLinear):
 
     def _quantize(self, weight: Tensor) -> None:
         dtype = self.get_base_weight().dtype  # the format's own: another would be kept as its output's
-        self.set_base_weight((weight.T if self.is_conv1d else weight).to(dtype).contiguous())
+        self.set_base_weight(self.layout.weight(weight).to(dtype).contiguous())
 
     def after_change(self) -> None:
         """Write the residual into the base, where an adapter asks for it and has not done so."""

@@ -1,8 +1,8 @@
-"""A model of one layer, and what the tests of adapters do with a small Llama again and again."""
+"""Models of one layer and of every kind of layer, and what tests do with a small Llama again and again."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,3 +37,36 @@ def steps(model: Any, count: int = 3, lr: float = 1e-2, ids: Tensor = IDS) -> No
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+class Output(NamedTuple):
+    """What a model gives."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class Mixed(nn.Module):
+    """An embedding, convolutions of one, two and three dimensions and a linear layer, one after another."""
+
+    targets = ("embed", "line", "plane", "space", "head")
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(256, 16, padding_idx=7)
+            self.embed.weight.data[7] = 0.5  # as trained models have it: not 0
+            self.line = nn.Conv1d(16, 12, 3, padding=1)
+            self.plane = nn.Conv2d(1, 8, (3, 4), stride=(2, 1), padding="valid")
+            self.space = nn.Conv3d(1, 16, (2, 3, 2), padding=(0, 1, 1), bias=False)
+            self.head = nn.Linear(16, 10)
+        self.to(dtype)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+        x = self.line(self.embed(input_ids).mT)  # (B, 12, T)
+        x = self.plane(x[:, None])  # (B, 8, 5, T - 3)
+        x = self.space(x[:, None]).amax((2, 3)).mT.contiguous()  # (B, T', 16)
+        logits = self.head(x)
+        loss = None if labels is None else (logits - 1.0).square().mean()
+        return Output(logits, loss)

@@ -16,7 +16,7 @@ from hf_ext.adapters import PissaConfig, SorsaConfig, export_to_lora, qpissa_err
 from hf_ext.adapters import _base as base_module
 from hf_ext.adapters import pissa as pissa_module
 from hf_ext.adapters.pissa import PissaLinear
-from tests.adapters.models import OneLayer, logits, steps
+from tests.adapters.models import Mixed, OneLayer, logits, steps
 from tests.contracts.test_quantized import BACKENDS, Readable, bitsandbytes_8bit, bitsandbytes_nf4, hqq_4bit
 from tests.reference.pissa import ReferencePissa, principal_factors, qpissa
 
@@ -78,6 +78,58 @@ def test_start_is_the_best_approximation_of_the_weight(alpha: float | None) -> N
     for name, other in (("pissa_A", a), ("pissa_B", b)):  # what each factor carries of it
         own = tensors[name].square().sum(1 if name == "pissa_A" else 0)
         torch.testing.assert_close(own, other.square().sum(1 if name == "pissa_A" else 0))
+
+
+@pytest.mark.parametrize("base_mode", ["projected", "residual"])
+def test_start_on_embeddings_and_convolutions_is_that_of_their_matrix(base_mode: str) -> None:
+    config = PissaConfig(r=4, alpha=8.0, target_modules=list(Mixed.targets), base_mode=base_mode)
+    for path, layer in layers_of(get_peft_model(Mixed(), config)).items():  # type: ignore[arg-type]
+        weight = Mixed().get_submodule(path).weight.data
+        if path == "embed":
+            weight[7] = 0.0  # the padding token's row stays out of it
+        matrix = weight.T if path == "embed" else weight.flatten(1)
+        a, b = principal_factors(matrix, 4, s=2.0)
+        tensors = layer.adapter_tensors("default")
+        sign = torch.sign((tensors["pissa_A"] * a).sum(1))  # the singular vectors' are free
+        torch.testing.assert_close(tensors["pissa_A"], sign[:, None] * a, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tensors["pissa_B"], b * sign, atol=1e-5, rtol=1e-4)
+        taken = 2.0 * b @ a
+        taken_out = tensors["pissa_U"] @ tensors["pissa_C"]
+        torch.testing.assert_close(taken_out, taken, atol=1e-5, rtol=1e-4)
+        now, before = layer.get_base_layer().weight.data, Mixed().get_submodule(path).weight.data
+        lacks = 0.0 if base_mode == "projected" else (taken.T if path == "embed" else taken.view_as(before))
+        torch.testing.assert_close(now, before - lacks, atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_and_convolutions_without_a_saved_basis(tmp_path: Path) -> None:
+    config = PissaConfig(r=4, target_modules=list(Mixed.targets), save_basis=False)
+    adapted = get_peft_model(Mixed(), config)  # type: ignore[arg-type]
+    steps(adapted)
+    adapted.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in keys} == {"pissa_A", "pissa_B", "pissa_fingerprint"}
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(Mixed(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(logits(loaded), logits(adapted), atol=1e-6, rtol=1e-5)  # to rounding
+    for path in ("embed", "space"):
+        other = Mixed()
+        other.get_submodule(path).weight.data[3] += 0.1
+        with pytest.raises(ValueError, match=rf"fingerprint.*not the base model.*\({path}\)"):
+            PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["embed", "plane"])
+def test_embeddings_and_convolutions_that_are_not_finite_are_named(path: str) -> None:
+    model = Mixed()
+    weight = model.get_submodule(path).weight.data
+    weight.view(-1)[3] = float("inf")
+    before = weight.clone()
+    with pytest.raises(ValueError, match=rf"finite.*{path}"):
+        get_peft_model(model, PissaConfig(r=4, target_modules=list(Mixed.targets), base_mode="residual"))  # type: ignore[arg-type]
+    assert torch.equal(model.get_submodule(path).weight, before)
+    assert all(
+        torch.equal(v, Mixed().state_dict()[k]) for k, v in model.state_dict().items() if path not in k
+    )
 
 
 @pytest.mark.parametrize("base_mode", ["projected", "residual"])

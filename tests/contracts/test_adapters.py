@@ -852,9 +852,13 @@ def test_unknown_targets_are_named(info: MethodInfo, tiny_llama: Any) -> None:
 
 
 @pytest.mark.parametrize("info", methods("adapter", lacks={"embeddings"}))
-def test_unsupported_and_tied_layers_are_named(info: MethodInfo, tiny_llama: Any) -> None:
+def test_unsupported_layers_are_named(info: MethodInfo, tiny_llama: Any) -> None:
     with pytest.raises(TypeError, match=r"model\.embed_tokens.*Embedding"):
         get_peft_model(tiny_llama(), settings(info, target_modules=["embed_tokens"]))
+
+
+@pytest.mark.parametrize("info", methods("adapter", lacks={"peft_lora"}))
+def test_tied_layers_are_named(info: MethodInfo, tiny_llama: Any) -> None:
     with pytest.raises(ValueError, match=r"lm_head.*tie_word_embeddings"):
         get_peft_model(
             tiny_llama(tie_word_embeddings=True), settings(info, target_modules=["q_proj", "lm_head"])
