@@ -309,20 +309,24 @@ class InfiniteLRCallback(LearningRateCallback):
         """Begin an anneal, save what comes before it, and stop after it."""
         curve = self._curve()
         now = curve.time(self.step)
+        # After an overflow in fp16 the schedule stands where it stood, and what is due there has been done.
+        arrived = not getattr(kwargs.get("optimizer"), "step_was_skipped", False)
         if self._asked is not None and curve.phase(now) not in ("warmup", "cooldown", "rewarm"):
             curve.anneal_start = curve.anneal_steps = None  # one that was planned for later
             curve.start_anneal(round(now), self._asked)
-            self._asked = None
+            self._asked, arrived = None, True
         if curve.anneal_start is None or curve.anneal_steps is None:
             return
         if curve.time(self.step - 1) < curve.anneal_start < now:
             # A batch that has grown steps over the mark: the anneal begins here, and ends where it was to.
             curve.anneal_steps = max(curve.anneal_steps - (now - curve.anneal_start), 1)
             curve.anneal_start = now
-        if now == curve.anneal_start:
+        if now == curve.anneal_start and arrived:
             control.should_save = True
         if curve.time(self.step - 1) >= curve.anneal_start + curve.anneal_steps:
             control.should_save = control.should_training_stop = True
+        if now > curve.anneal_start and state.global_step >= state.max_steps:  # cut short, as by overflows
+            control.should_save = True
 
     def saved(self, run: Run, folder: Path) -> None:
         """Keep the checkpoint that an anneal starts from, where no rotation finds it."""
