@@ -10,7 +10,6 @@ power iteration with 48 columns and as many products leaves 0.2.
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass
 
@@ -79,46 +78,64 @@ def truncated_svd(
     extra = max(16, r // 4) if oversample is None else oversample
     check(extra >= 0, "oversample", extra, "at least 0")
     matrix = weight.detach().float()
-    # The sum of finite weights is finite (short of overflow), and far cheaper to look at than each of them.
-    finite = bool(torch.isfinite(matrix.sum())) or bool(torch.isfinite(matrix).all())
-    check(finite, "weight", "NaN or infinite values", "finite", where=name)
+    if not (matrix.is_contiguous() or matrix.T.is_contiguous()):
+        matrix = matrix.contiguous()  # products with a part of another matrix can be slow
 
     # Three blocks hold the r + extra directions that are wanted; a smaller block makes a deeper space for the
     # same products, a larger one makes them faster.
     steps = n_iter + 1
     block = -(-(r + extra) // min(3, steps))
     if driver == "exact" or limit <= steps * block or (driver == "auto" and limit <= 2 * steps * block):
+        _check_finite(matrix.sum(), matrix, name)
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        u, s, vh = _block_lanczos(matrix, r, block, steps, seeded(seed, name))
+        drawn = torch.randn(n, block, generator=seeded(seed, name)).to(matrix.device)
+        start = torch.linalg.qr(drawn).Q.T
+        image = rows_times_transposed(start, matrix)
+        _check_finite(image, matrix, name)
+        u, s, vh = _block_lanczos(matrix, start, image, r, steps)
     u, s, vh = u[:, :r], s[:r], vh[:r]
     sign = torch.where(u.gather(0, u.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0)  # (1, r)
     return TruncatedSVD((u * sign).contiguous(), s.clone(), (vh * sign.T).contiguous())
 
 
+def _check_finite(made: Tensor, matrix: Tensor, name: str) -> None:
+    # What is made of all finite weights is finite (short of overflow), and has fewer numbers to look at.
+    finite = bool(torch.isfinite(made).all()) or bool(torch.isfinite(matrix).all())
+    check(finite, "weight", "NaN or infinite values", "finite", where=name)
+
+
 def _block_lanczos(
-    matrix: Tensor, r: int, block: int, steps: int, generator: torch.Generator
+    matrix: Tensor, start: Tensor, first: Tensor, r: int, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return r or more leading singular triplets of the matrix restricted to a block Krylov space of W^T W.
 
     Bases are kept as rows, so that every product reads the matrix along its rows. With V (steps * block, n)
     orthonormal, V W^T W V^T is block tridiagonal, and known from the products that make V.
+
+    Args:
+        matrix: W (m, n).
+        start: The first block of V (block, n), orthonormal.
+        first: Its product with W^T (block, m).
+        r: Number of triplets, at most steps * block.
+        steps: Number of blocks.
     """
     m, n = matrix.shape
+    block = len(start)
     size = steps * block
     right, image = matrix.new_empty(size, n), matrix.new_empty(size, m)  # V, V W^T
     squares = matrix.new_zeros(size, size)  # the lower half of V W^T W V^T
-    right[:block] = torch.linalg.qr(torch.randn(n, block, generator=generator).to(matrix.device)).Q.T
-    scale, unit = 0.0, 1.0
+    length = float(first.abs().max())
+    unit = (
+        1.0 / length if length > 0.0 else 1.0
+    )  # so that squares of large or small matrices stay within fp32
+    right[:block], image[:block] = start, first * unit
+    scale = 0.0
     for step in range(steps):
         known = (step + 1) * block
         now, near = slice(step * block, known), slice(max(0, step - 1) * block, known)
-        image[now] = rows_times_transposed(right[now], matrix)
-        if step == 0:
-            # So that squares of large or small matrices stay within fp32.
-            length = float(torch.linalg.vector_norm(image[now], math.inf))
-            unit = 1.0 / length if length > 0.0 else 1.0
-        image[now] *= unit
+        if step > 0:
+            image[now] = rows_times_transposed(right[now], matrix).mul_(unit)
         if known == size:
             squares[now, near] = rows_times_transposed(image[now], image[near])
             break
@@ -158,10 +175,9 @@ def _new_directions(rows: Tensor, known: Tensor, scale: float) -> tuple[Tensor, 
     """Return an orthonormal basis, as rows, of what rows add to known ones, and the largest size met."""
     rows = rows - rows_times_transposed(rows_times_transposed(rows, known), known.T)
     q, upper = torch.linalg.qr(rows.T)
-    size = upper.diagonal().abs()
-    smallest, largest = torch.stack(size.aminmax()).tolist()
-    scale = max(scale, largest)
-    if smallest <= 1e-4 * scale:
+    sizes = upper.diagonal().abs().tolist()
+    scale = max(scale, *sizes)
+    if min(sizes) <= 1e-4 * scale:
         # Some rows add next to nothing (the rank is reached): what QR made of them lies anywhere.
         for _ in range(2):
             q = torch.linalg.qr(q - known.T @ (known @ q)).Q
