@@ -151,10 +151,10 @@ class NoiseMeter:
             if held is not None:
                 parameter.grad = held
                 if new is not None:
-                    sums.append(self._local(held))
-                    added.append(self._local(new))
+                    sums.append(held)
+                    added.append(new)
         if sums:
-            torch._foreach_add_(sums, added)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(self._locals(sums), self._locals(added))  # pyright: ignore[reportPrivateImportUsage]
         self._held = []
 
     def _keep(self, group: int, found: list[Tensor | None], share: float) -> None:
@@ -225,7 +225,7 @@ class NoiseMeter:
         there = [index for index, tensor in enumerate(tensors) if tensor is not None]
         if not there:
             return _Squares(there, torch.zeros(0), 1)
-        locals_ = [self._local(tensors[index]) for index in there]
+        locals_ = self._locals([tensor for tensor in tensors if tensor is not None])
         if self._divisor is None:
             norms = torch._foreach_norm(locals_, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
             return _Squares(there, torch.stack(list(norms)), 2)
@@ -245,6 +245,9 @@ class NoiseMeter:
 
     def _divided_by(self, index: int) -> Tensor | float:
         return 1.0 if self._divisor is None else self._local(self._divisor(self._parameters[index]))
+
+    def _locals(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [self._local(tensor) for tensor in tensors] if self._sharded else tensors
 
     @staticmethod
     def _local(tensor: Any) -> Tensor:
