@@ -1,6 +1,7 @@
 """Leading singular triplets of weight gradients, from sketches that are summed up while a model runs.
 
-For y = W x the gradient is G = sum_t d_t x_t^T over tokens, with d_t the gradient of the loss at y_t.
+For y = W x the gradient is G = sum_t d_t x_t^T over tokens, with d_t the gradient of the loss at y_t
+(embeddings and convolutions are such products too: `_layouts`).
 Products of G with thin matrices are such sums too, so G (m, n) is never formed, and W needs no gradient:
 
 - one pass: Y = G Omega (m, l) and Z = Psi G (2l + 1, n); with Q = orth(Y), G ~ Q (Psi Q)^+ Z (Tropp et al.
@@ -23,6 +24,7 @@ from ..core import dist
 from ..core.checks import check
 from ..core.lowrank import seeded
 from ._data_start import StartData
+from ._layouts import KINDS, Layout, layout_of
 
 
 class _Tap(torch.autograd.Function):
@@ -42,26 +44,31 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
-        ctx.sink.add(x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, grad.shape[-1]).float())
+        ctx.sink.add(x.float() if x.is_floating_point() else x, grad.float())
         return grad, None, None
 
 
 class _Sums:
     """What is accumulated of one layer's gradient in one pass."""
 
-    def __init__(self, right: Tensor | None, left: Tensor | None) -> None:
+    def __init__(self, layout: Layout, right: Tensor | None, left: Tensor | None) -> None:
+        self.layout = layout
         self.right, self.left = right, left  # Omega (n, l) and Psi (k, m); both None for G itself
         self.y: Tensor | None = None  # G Omega (m, l), or G (m, n)
         self.z: Tensor | None = None  # Psi G (k, n)
 
     def add(self, x: Tensor, grad: Tensor) -> None:
-        """Add the tokens of one batch: x (tokens, n), grad (tokens, m)."""
+        """Add one batch's tokens, or positions, from a layer's input and the gradient of its output."""
+        layout = self.layout
+        grad = layout.reaching(x, grad)
         if self.right is None and self.left is None:
-            self.y = _plus(self.y, grad.T @ x)
+            self.y = _plus(self.y, layout.weight_gradient(x, grad))
         if self.right is not None:
-            self.y = _plus(self.y, grad.T @ (x @ self.right.to(x.device)))
+            right = layout.stored(self.right.to(x.device).T, inner=True)
+            self.y = _plus(self.y, layout.rows(grad).T @ layout.rows(layout.project(x, right)))
         if self.left is not None:
-            self.z = _plus(self.z, (grad @ self.left.to(x.device).T).T @ x)
+            left = layout.stored(self.left.to(x.device), inner=False)
+            self.z = _plus(self.z, layout.weight_gradient(x, layout.expand(grad, left)))
 
     def all_reduce(self, y_shape: tuple[int, int], z_shape: tuple[int, int]) -> None:
         """Add up over processes; a layer that was not reached counts as zero."""
@@ -104,7 +111,8 @@ class GradientSketches:
         self.data, self.ranks, self.seed = data, ranks, seed
         self.train_mode = train_mode
         self._share = -(-n_samples // dist.world_size())
-        shapes = {path: (layer.out_features, layer.in_features) for path, layer in data.layers.items()}
+        layouts = {path: _layout(path, layer) for path, layer in data.layers.items()}
+        shapes = {path: (layout.out_features, layout.in_features) for path, layout in layouts.items()}
         wide = 6 if n_passes == 1 else 2
         sizes = {path: size if size is not None else wide * ranks[path] for path in shapes}
         self._drawn: dict[tuple[str, torch.device], Tensor] = {}
@@ -115,11 +123,11 @@ class GradientSketches:
             ell = sizes[path]
             numbers = (m * ell + (2 * ell + 1) * n) if n_passes == 1 else (m + n) * ell
             if ell >= min(m, n) or numbers >= m * n:
-                first[path] = _Sums(None, None)
+                first[path] = _Sums(layouts[path], None, None)
                 continue
             device = next(data.layers[path].parameters()).device
             left = self._random(2 * ell + 1, m, "psi", device) if n_passes == 1 else None
-            first[path] = _Sums(self._random(n, ell, "omega", device), left)
+            first[path] = _Sums(layouts[path], self._random(n, ell, "omega", device), left)
         dense = {path for path, sums in first.items() if sums.right is None}
         self._run(first, shapes, keep=n_passes > 1 and len(dense) < len(first), title="gradients")
         for path in dense:
@@ -133,7 +141,7 @@ class GradientSketches:
                 self._keep(path, *_one_pass(_known(sums.left), _known(sums.y), _known(sums.z)))
             return
         bases = {path: torch.linalg.qr(_known(sums.y).double()).Q for path, sums in rest.items()}
-        second = {path: _Sums(None, q.T.float()) for path, q in bases.items()}
+        second = {path: _Sums(layouts[path], None, q.T.float()) for path, q in bases.items()}
         self._run(second, shapes, keep=False, title="gradients, second pass", again=True)
         if n_passes == 2:
             for path, q in bases.items():
@@ -141,7 +149,7 @@ class GradientSketches:
                 self._keep(path, q @ u, s, vh)
             return
         rows = {path: torch.linalg.qr(_known(second[path].z).double().T).Q for path in rest}
-        third = {path: _Sums(p.float(), None) for path, p in rows.items()}
+        third = {path: _Sums(layouts[path], p.float(), None) for path, p in rows.items()}
         self._run(third, shapes, keep=False, title="gradients, third pass", again=True)
         for path, p in rows.items():
             u, s, vh = torch.linalg.svd(_known(third[path].y).double(), full_matrices=False)
@@ -221,6 +229,11 @@ class GradientSketches:
         # The mean over all tokens, whatever batch they are in.
         (loss * count).backward()
         return count
+
+
+def _layout(path: str, layer: Any) -> Layout:
+    found = getattr(layer, "layout", None)  # an adapted layer's; else a plain one
+    return found if found is not None else layout_of(layer, KINDS, path, quantized=False, linear=False)
 
 
 def _hook(sums: _Sums) -> Any:

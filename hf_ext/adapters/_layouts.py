@@ -30,6 +30,7 @@ from ..core import dist
 from ..core.checks import check
 
 __all__ = [
+    "KINDS",
     "LINEAR",
     "ConvolutionLayout",
     "EmbeddingLayout",
@@ -39,7 +40,6 @@ __all__ = [
     "refuse_tensor_parallel",
 ]
 
-LINEAR = frozenset({"linear"})
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _NAMES = {
@@ -47,6 +47,9 @@ _NAMES = {
     "convolution": "nn.Conv1d, nn.Conv2d and nn.Conv3d",
     "embedding": "nn.Embedding",
 }
+
+
+KINDS, LINEAR = frozenset(_NAMES), frozenset({"linear"})
 
 
 class Layout:

@@ -165,6 +165,7 @@ _PREFIX = "base_model.model."
         "conv1d",
         "quantized",
         "embeddings",
+        "convolutions",
     },
     test_kwargs={"r": 4, "rho": 1.0, "n_tokens": 80},
     bad_kwargs=(

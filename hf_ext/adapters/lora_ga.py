@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import dist
@@ -118,6 +117,8 @@ class LoraGaConfig(OffsetConfig):
         "multi_adapter",
         "conv1d",
         "quantized",
+        "embeddings",
+        "convolutions",
     },
     test_kwargs={"r": 4, "n_samples": 4},
     variants=(Variant(name="residual", test_kwargs={"base_mode": "residual"}, lacks=RESIDUAL_LACKS),),
@@ -143,6 +144,7 @@ class LoraGaLinear(StartsFromData, OffsetLinear):
     adapter_layer_names = ("loraga_A", "loraga_B")
     adapter_frozen_names = ("loraga_A0", "loraga_B0")
     offset_names = ("loraga_B0", "loraga_A0")
+    inner_names = ("loraga_A", "loraga_A0")
 
     loraga_A: nn.ParameterDict
     loraga_B: nn.ParameterDict
@@ -185,7 +187,8 @@ class LoraGaLinear(StartsFromData, OffsetLinear):
     def forward_trained(self, x: Tensor, name: str) -> Tensor:
         """Return s B (A x)."""
         # In the order in which the offset is computed: at the start the two cancel to the bit.
-        return F.linear(F.linear(x, self.loraga_A[name]) * self.scale[name], self.loraga_B[name])
+        inner = self.layout.project(x, self.loraga_A[name]) * self.scale[name]
+        return self.layout.expand(inner, self.loraga_B[name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output.
@@ -226,6 +229,7 @@ class LoraGaLinear(StartsFromData, OffsetLinear):
             before = [tensor.detach().clone() for tensor in layer.offset(name)]
             for attribute, value in values[path].items():
                 target = getattr(layer, attribute)[name]
+                value = layer.stored(attribute, value)
                 target.data.copy_(dist.broadcast_(value.to(target.device, torch.float32)))
             if layer.residual_of == name:
                 layer.rewrite_residual(name, *before)

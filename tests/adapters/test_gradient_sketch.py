@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_ext.adapters import _gradient_sketch as sketch_module
 from hf_ext.adapters._data_start import StartData
 from hf_ext.adapters._gradient_sketch import GradientSketches
+from tests.contracts.test_layer_kinds import LAYERS
 from tests.reference.lora_ga import best_of_rank, triplets
 
 WIDE, TALL = 96, 128  # of a layer that is sketched: not the number of tokens of any batch here
@@ -286,6 +287,69 @@ def test_layer_called_twice_and_by_keyword() -> None:
     (exact,) = torch.autograd.grad(model(**batch), [model.lin.weight])
     u, s, vh = found.leading("lin")
     torch.testing.assert_close((u * s) @ vh, exact, atol=1e-5, rtol=1e-4)
+
+
+class Around(nn.Module):
+    """A model of one layer, with the loss whose gradient at its output is the batch's own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, gradient: Tensor) -> Tensor:
+        return (self.layer(x) * gradient).sum()
+
+
+def of_layer(layer: nn.Module, x: Tensor, count: int = 2, **options: Any) -> tuple[Any, Tensor, Shapes]:
+    """Return the sketches of a layer, its exact mean gradient as a matrix, and what was computed for them."""
+    batches = [{"x": x, "gradient": torch.randn_like(layer(x))} for _ in range(count)]
+    model = Around(layer)
+    losses = torch.stack([model(**batch) for batch in batches])
+    (exact,) = torch.autograd.grad(losses.mean(), [layer.weight])
+    exact = exact.T if isinstance(layer, nn.Embedding) else exact.flatten(1)
+    data = StartData(model, "default", {"layer": layer}, None, batches, loss_of, False)
+    shapes = Shapes()
+    settings: dict[str, Any] = {"n_samples": 99, "train_mode": False, "seed": 0, **options}
+    with shapes:
+        found = GradientSketches(data, **settings)
+    return found, exact, shapes
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_gradients_of_embeddings_and_convolutions_are_summed_up(case: str) -> None:
+    torch.manual_seed(0)
+    build, x = LAYERS[case]
+    layer = build()
+    k = min(layer.weight.shape[0], layer.weight[0].numel())
+    found, exact, _ = of_layer(layer, x, ranks={"layer": k}, size=None, n_passes=1)
+    assert not found._drawn
+    u, s, vh = found.leading("layer")
+    torch.testing.assert_close((u * s) @ vh, exact, atol=1e-5, rtol=1e-4)
+
+
+WIDER: dict[str, tuple[Any, Tensor]] = {  # few positions: the gradients have no more than that rank
+    "line": (lambda: nn.Conv1d(25, WIDE, 5, padding=1, padding_mode="circular"), torch.ones(1, 25, 7)),
+    "plane": (lambda: nn.Conv2d(13, WIDE, (3, 3), stride=2, padding=1), torch.ones(1, 13, 3, 5)),
+    "tokens": (lambda: nn.Embedding(TALL, WIDE, padding_idx=9), torch.tensor([[3, 9, 3], [125, 7, 64]])),
+}
+
+
+@pytest.mark.parametrize("n_passes", [1, 2, 3])
+@pytest.mark.parametrize("case", WIDER)
+def test_gradients_of_embeddings_and_convolutions_are_sketched(case: str, n_passes: int) -> None:
+    torch.manual_seed(0)
+    build, x = WIDER[case]
+    layer, x = build(), x if case == "tokens" else torch.randn_like(x)
+    found, exact, shapes = of_layer(layer, x, ranks={"layer": 4}, size=12, n_passes=n_passes)
+    assert found._drawn
+    assert_triplets(found.leading("layer"), exact)
+    held = {tuple(layer.weight.shape), tuple(exact.shape), tuple(exact.T.shape)}
+    assert not held & shapes.seen  # no gradient of the layer
+    n, positions = exact.shape[1], layer(x).numel() // WIDE
+    patches = {(positions, n), (n, positions), (1, n, positions), (1, positions, n)}
+    assert not patches & shapes.seen  # nor copies of what each output sees
+    if case == "tokens":
+        assert not bool(found.leading("layer")[2][:, 9].any())  # the padding token's
 
 
 def test_random_matrices_are_shared_by_layers_of_a_shape() -> None:

@@ -16,7 +16,7 @@ from hf_ext.adapters import LoraGaConfig, awaits_data, export_to_lora, initializ
 from hf_ext.adapters import _base as base_module
 from hf_ext.adapters.lora_ga import LoraGaLinear, directions
 from tests.adapters import models
-from tests.adapters.models import OneLayer
+from tests.adapters.models import Mixed, OneLayer
 from tests.reference.lora_ga import ReferenceLoraGa, best_of_rank, mean_gradients
 from tests.reference.lora_ga import start as reference_start
 
@@ -223,6 +223,34 @@ def test_embedding_and_head_are_left_alone(tiny_llama: Any) -> None:
     assert type(adapted.base_model.model.lm_head) is nn.Linear
     assert type(adapted.base_model.model.model.embed_tokens) is nn.Embedding
     assert len(layers_of(adapted)) == 14
+
+
+@pytest.mark.parametrize("base_mode", ["additive", "residual"])
+def test_start_on_embeddings_and_convolutions_follows_the_gradient_of_their_matrix(base_mode: str) -> None:
+    targets = list(Mixed.targets)
+    adapted = started(
+        Mixed(), BATCHES[:1], target_modules=targets, task_type=None, base_mode=base_mode, train_mode=True
+    )
+    plain = Mixed()
+    loss = plain(**BATCHES[0]).loss
+    assert loss is not None
+    weights = [plain.get_submodule(path).weight for path in targets]
+    gradients = dict(zip(targets, torch.autograd.grad(loss, weights), strict=True))
+    for path, layer in layers_of(adapted).items():
+        gradient, weight = gradients[path], plain.get_submodule(path).weight.detach()
+        pair = (gradient.T, weight.T) if path == "embed" else (gradient.flatten(1), weight.flatten(1))
+        scale, tensors = layer.scale["default"], layer.adapter_tensors("default")
+        a, b = reference_start(*pair, 2, scale, for_a=[0, 1], for_b=[2, 3])
+        sign_a = torch.sign((tensors["loraga_A"] * a).sum(1))[:, None].float()  # free in singular vectors
+        sign_b = torch.sign((tensors["loraga_B"] * b).sum(0)).float()
+        torch.testing.assert_close(tensors["loraga_A"], (sign_a * a).float(), atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(tensors["loraga_B"], (sign_b * b).float(), atol=2e-4, rtol=1e-3)
+        assert torch.equal(tensors["loraga_A0"], tensors["loraga_A"])
+        assert torch.equal(tensors["loraga_B0"], tensors["loraga_B"])
+        product = scale * tensors["loraga_B0"] @ tensors["loraga_A0"]
+        taken = product.T if path == "embed" else product.view_as(weight)
+        lacks = taken if base_mode == "residual" else torch.zeros_like(weight)
+        torch.testing.assert_close(layer.get_base_layer().weight.data, weight - lacks, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
 
 from hf_ext.adapters import export_to_lora
+from hf_ext.adapters._layouts import KINDS as KINDS_OF_LAYERS
+from hf_ext.adapters._layouts import layout_of
 from hf_ext.core.registry import MethodInfo
 from tests.adapters.models import Mixed
 from tests.contracts.test_adapters import (
@@ -65,6 +67,8 @@ def test_start_disabling_and_loading(info: MethodInfo, dtype: torch.dtype, tmp_p
             assert_base(info, logits(adapted), base)
     adapted.save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
+        if low_cpu_mem_usage and dtype == torch.bfloat16 and "peft_lora" in info.supports:
+            continue  # upstream rounds the adapter to the base's dtype there
         loaded = PeftModel.from_pretrained(Mixed(dtype=dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(logits(loaded), expected)
 
@@ -167,7 +171,7 @@ def test_torch_compile(info: MethodInfo) -> None:
 
 ROWS = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0))
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "pointwise": (lambda: nn.Conv1d(3, 4, 1), ROWS),
+    "pointwise": (lambda: nn.Conv1d(11, 4, 1), ROWS.mT),
     "dilated": (lambda: nn.Conv1d(3, 9, 4, stride=3, padding=2, dilation=2), ROWS),
     "same": (lambda: nn.Conv1d(3, 9, 3, padding="same", dilation=2), ROWS),
     "circular": (lambda: nn.Conv1d(3, 9, 3, padding=2, padding_mode="circular"), ROWS),
@@ -318,6 +322,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "computed": (computed_weight, "layer: (a weight that is computed|.*something else)"),
     "transposed": (lambda: nn.ConvTranspose1d(3, 9, 3), "layer: .*ConvTranspose1d.*supported are .*Conv3d"),
     "rank_of_filters": (lambda: nn.Conv1d(1, 9, 3), "r must be at most .*layer"),
+    "rank_of_all": (lambda: nn.Embedding(4, 4), "r must be .*layer"),
     "rank_of_tokens": (lambda: nn.Embedding(3, 9), "r must be at most .*layer"),
 }
 
@@ -331,6 +336,11 @@ def test_layers_that_cannot_be_adapted_are_named(info: MethodInfo, case: str) ->
     with pytest.raises((ValueError, TypeError), match=message):
         get_peft_model(model, settings(info, target_modules=["layer"], task_type=None))
     assert model.layer is layer
+
+
+def test_quantized_embeddings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"target_modules must be .*quantized embeddings, got 'embed'"):
+        layout_of(nn.Embedding(4, 4), KINDS_OF_LAYERS, "embed", quantized=True, linear=False)
 
 
 @pytest.mark.parametrize("info", OURS)
