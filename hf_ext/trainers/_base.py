@@ -208,6 +208,30 @@ def place_for_deepspeed(trainer: Any) -> None:
         trainer.model.to(trainer.args.device)
 
 
+def check_parts(trainer: Any, what: str) -> None:
+    """Raise where a process cannot exchange its parts of a sharded model's weights for others.
+
+    Args:
+        trainer: The trainer.
+        what: What they are needed for.
+
+    Raises:
+        ValueError: FSDP1 shards them, or ZeRO-3 in a form that keeps other parts too, or parts on disk.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    version = None if plugin is None else plugin.fsdp_version
+    check(version != 1, "fsdp_config's version", version, f"2 for {what}")
+    if zero_stage(trainer) < 3:
+        return
+    zero = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {})
+    groups = zero.get("zero_hpz_partition_size", 1)
+    check(groups in (0, 1), "DeepSpeed's zero_hpz_partition_size", groups, f"1 for {what}")
+    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        check(not zero.get(name, False), f"DeepSpeed's {name}", True, f"false for {what}")
+    place = (zero.get("offload_param") or {}).get("device", "none")
+    check(place != "nvme", "DeepSpeed's offload_param.device", place, f"'none' or 'cpu' for {what}")
+
+
 # Data -------------------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,8 @@ of a layer with the adapter merged into it. So after a round the merged weights 
 one, which starts a fresh adapter; the base that the run began with is kept, and what has been added to it
 comes back as a LoRA adapter of the rank that it has, exact to rounding, for the original base.
 
-Merging and starting an adapter take whole weights. Where FSDP2 shards the model, the first process keeps the
-adapted layers, whole and in main memory, does both with them, and hands the result out.
+Merging and starting an adapter take whole weights. Where FSDP2 or ZeRO-3 shards the model, the first process
+keeps the adapted layers, whole and in main memory, does both with them, and hands the result out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .._compat.deepspeed import gathered, whole_shape
 from ..adapters._data_start import awaits_data
 from ..core import dist
 from ..core.checks import check
-from ._parts import part_of_whole, put_part, whole_tensor
+from ._parts import own_part, part_of_whole, put_part, whole_tensor
 
 T = TypeVar("T")
 
@@ -82,16 +83,21 @@ def merged_weights(model: PeftModel, layers: Mapping[str, BaseTunerLayer]) -> di
 class WholeLayers:
     """The adapted layers of a model, whole, on the first process; of the rest of the model only its shape.
 
-    Made before the model is sharded. It has the model's adapters and goes through the same steps.
+    Made before the model is sharded, or after ZeRO-3 has split it (a collective then). It has the model's
+    adapters and goes through the same steps.
 
     Args:
-        model: The model, not sharded yet; its weights need be there on the first process alone.
+        model: The model; its weights need be there on the first process alone.
 
     In memory: the adapted layers once, in the main memory of the first process.
     """
 
     def __init__(self, model: PeftModel) -> None:
         self.model: PeftModel | None = None
+        with gathered(tensor for _, tensor in _tensors(model)):
+            self._take(model)
+
+    def _take(self, model: PeftModel) -> None:
         if dist.is_main():
             kept = {id(tensor) for _, tensor in _tensors(model)}
             left_out = {
@@ -105,7 +111,7 @@ class WholeLayers:
         """Take the layers' tensors from the sharded model (a collective)."""
         own = {} if self.model is None else dict(_tensors(self.model))
         for name, tensor in _tensors(model):
-            whole = dist.full_tensor(tensor.detach()).cpu()
+            whole = whole_tensor(own_part(tensor), tensor)
             if self.model is not None:
                 own[name].data.copy_(whole)
 
@@ -147,7 +153,7 @@ def _tensors(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
 
 def _from_main(whole: Tensor | None, like: Tensor) -> Tensor:
     """Return the first process's tensor on all of them, on the CPU (a collective)."""
-    held = torch.empty(like.shape, dtype=like.dtype) if whole is None else whole.contiguous()
+    held = torch.empty(whole_shape(like), dtype=like.dtype) if whole is None else whole.contiguous()
     return dist.broadcast_(held)
 
 

@@ -1,5 +1,6 @@
-"""A process's own part of tensors that FSDP2 shards, on the CPU; of any other tensor the whole of it.
+"""A process's own part of tensors that FSDP2 or ZeRO-3 shards, on the CPU; of any other tensor all of it.
 
+A part of ZeRO-3's is flat, with zeros as padding. Before parts are put back `_snapshots.reshard` has to run.
 Arithmetic that is the same for each number works on parts as on the whole. The rest is here: parts of files
 and files of parts, sums over a model, and the fp32 copies that DeepSpeed trains in the place of a model's own
 tensors where those are of half precision.
@@ -8,11 +9,13 @@ tensors where those are of half precision.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .._compat import deepspeed
 from ..core import dist
 from ..core.checks import check
 
@@ -23,11 +26,16 @@ def _local(tensor: Tensor) -> Tensor:
 
 def own_part(parameter: Tensor) -> Tensor:
     """Return a copy of this process's part of a tensor."""
+    if deepspeed.is_split(parameter):
+        return deepspeed.own_part(parameter).cpu()
     return _local(parameter.detach()).cpu().clone()
 
 
 def put_part(parameter: Tensor, part: Tensor) -> None:
     """Overwrite this process's part of a tensor, in place."""
+    if deepspeed.is_split(parameter):
+        deepspeed.put_part(parameter, part)
+        return
     with torch.no_grad():
         _local(parameter.detach()).copy_(part)
 
@@ -43,8 +51,10 @@ def part_of_whole(whole: Tensor, parameter: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: The shapes differ.
     """
-    shape = tuple(parameter.shape)
-    check(whole.shape == parameter.shape, name, tuple(whole.shape), f"of shape {shape}")
+    shape = deepspeed.whole_shape(parameter)
+    check(whole.shape == shape, name, tuple(whole.shape), f"of shape {tuple(shape)}")
+    if deepspeed.is_split(parameter):
+        return deepspeed.as_part(whole, parameter)
     if not isinstance(parameter, DTensor):
         return whole
     return own_part(dist.shard_like(whole.to(parameter.device), parameter))
@@ -52,6 +62,8 @@ def part_of_whole(whole: Tensor, parameter: Tensor, name: str) -> Tensor:
 
 def whole_tensor(part: Tensor, parameter: Tensor) -> Tensor:
     """Return the whole of a tensor, on the CPU, from the processes' parts (a collective)."""
+    if deepspeed.is_split(parameter):
+        return deepspeed.whole_of_parts(part, parameter).cpu()
     if not isinstance(parameter, DTensor):
         return part
     sharded = DTensor.from_local(
@@ -90,11 +102,13 @@ def sum_over_parts(sums: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
     plain, sharded = 0.0, 0.0
     for name, value in sums.items():
         parameter = parameters[name]
-        if isinstance(parameter, DTensor):
+        if deepspeed.is_split(parameter):
+            sharded += float(value)
+        elif isinstance(parameter, DTensor):
             sharded += float(value) / _copies(parameter)
         else:
             plain += float(value)
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if any(deepspeed.is_split(p) or isinstance(p, DTensor) for p in parameters.values()):
         sharded = float(dist.all_reduce_sum_(torch.tensor(sharded, dtype=torch.float64)))
     return plain + sharded
 
@@ -112,15 +126,16 @@ def fp32_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return, on the CPU, what DeepSpeed's optimizer trains for each of some tensors (a collective).
 
     Args:
-        parameters: Tensors of a model that DeepSpeed's stage 0, 1 or 2 trains, by name.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
+        parameters: Tensors of a model that DeepSpeed trains, by name.
 
+    Returns:
+        Whole tensors; with stage 3 this process's parts.
+    """
     found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        held = safe_get_full_fp32_param(parameter)
+        held = deepspeed.fp32_copy(parameter)
         check(held is not None, name, "not trained by DeepSpeed", "one of its optimizer's tensors")
-        found[name] = held.detach().cpu().clone()
+        found[name] = cast(Tensor, held).detach().cpu().clone()
     return found
 
 
@@ -129,9 +144,7 @@ def put_fp32_copies(parameters: Mapping[str, Tensor], values: Mapping[str, Tenso
 
     Args:
         parameters: As for `fp32_copies`.
-        values: Whole tensors by the same names.
+        values: What `fp32_copies` returns, by the same names.
     """
-    from deepspeed.utils import safe_set_full_fp32_param  # pyright: ignore[reportMissingImports]
-
     for name, parameter in parameters.items():
-        safe_set_full_fp32_param(parameter, values[name].to(parameter.device, torch.float32))
+        deepspeed.put_fp32_copy(parameter, values[name].to(parameter.device, torch.float32))

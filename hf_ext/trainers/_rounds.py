@@ -14,9 +14,9 @@ pairs that were made for it; between rounds from the tensors of the last one.
 The reference is fixed within a round, so its log-probabilities are computed once, before the round; with
 `reference="round_start"` by the policy itself: no second model is kept, and any adapter type will do.
 
-Under FSDP2 the model is sharded before anything is computed with it, and each process keeps its own part of
-the policies; files hold whole tensors. Under DeepSpeed each round has a new engine; where that computes in
-half precision, policies are what its optimizer holds in fp32, and the model has their rounding.
+Under FSDP2 and ZeRO-3 the model is sharded before anything is computed with it, and each process keeps its
+own part of the policies; files hold whole tensors. Under DeepSpeed each round has a new engine; where that
+computes in half precision, policies are what its optimizer holds in fp32, and the model has their rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer_utils import TrainOutput
@@ -47,19 +46,17 @@ from ..core.checks import check, check_choice
 from ..core.files import read_tensors, write_tensors
 from ..core.state import ROUNDS_FILE
 from ._base import (
-    MethodTrainer,
     check_columns,
     check_filled,
     check_map,
     map_rows,
     own_args,
-    place_for_deepspeed,
-    zero_stage,
 )
 from ._pairs import SELECTIONS, round_figures, select_pairs
-from ._parts import fp32_copies, own_part, part_of_whole, put_fp32_copies, put_part, whole_tensors
+from ._parts import fp32_copies, own_part, part_of_whole, put_part, whole_tensors
 from ._reference import evaluation_mode, reference_model
 from ._rewards import call_rewards, check_rewards
+from ._round_engines import ShardedRounds
 from ._round_files import (
     Progress,
     finite,
@@ -108,6 +105,8 @@ class RoundsConfig(VLLMArguments, DPOConfig):
         sampling_top_k: Keep this many of the likeliest tokens; 0 keeps all.
         max_completion_length: Longest sampled completion, tokens, >= 1.
         generation_batch_size: Completions sampled at once on a process, >= 1.
+        ds3_gather_for_generation: Whether DeepSpeed's stage 3 brings all weights together to sample, or one
+            module's at a time, which needs less memory and more time.
         mix_previous_policy: Share of a prompt's candidates from the policy before the last round, [0, 1).
         reference: The DPO reference: "round_start", the policy that the round begins with, or "initial".
         accumulate_rounds: Whether to train on the pairs of all rounds so far.
@@ -136,6 +135,9 @@ class RoundsConfig(VLLMArguments, DPOConfig):
     sampling_top_k: int = field(default=0, metadata={"help": "Top-k of the sampling; 0 for all."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest sampled completion, tokens."})
     generation_batch_size: int = field(default=32, metadata={"help": "Completions sampled at once."})
+    ds3_gather_for_generation: bool = field(
+        default=True, metadata={"help": "Bring all weights of ZeRO-3 together to sample."}
+    )
     mix_previous_policy: float = field(
         default=0.0, metadata={"help": "Share of candidates from the policy before the last round."}
     )
@@ -204,7 +206,7 @@ class RoundsConfig(VLLMArguments, DPOConfig):
         )
 
 
-class RoundsTrainer(MethodTrainer, DPOTrainer):
+class RoundsTrainer(ShardedRounds, DPOTrainer):
     """Base of trainers that make their own pairs, round after round; see the module's docstring.
 
     A method overrides `end_round`.
@@ -279,71 +281,6 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
                 self._shard()
             held_out = {name: self.with_reference(rows) for name, rows in _named(self.eval_dataset).items()}
             self.eval_dataset = held_out if isinstance(self.eval_dataset, dict) else held_out.get("eval")
-
-    # Sharding -------------------------------------------------------------------------------------
-
-    def _check_sharding(self) -> None:
-        stage = zero_stage(self)
-        rule = "below 3 for rounds: they read and write whole weights between them"
-        check(stage < 3, "DeepSpeed's zero_optimization.stage", stage, rule)
-        rule = "1 or 2 for rounds in bf16 or fp16: policies are what its optimizer holds in fp32"
-        check(stage > 0 or not self.rounds_weights(), "DeepSpeed's zero_optimization.stage", stage, rule)
-        kept = self.is_deepspeed_enabled and not self.args.reset_optimizer
-        rule = "True with DeepSpeed, whose optimizer is made anew for each round"
-        check(not kept, "reset_optimizer", False, rule)
-        if not self.is_fsdp_enabled:
-            return
-        plugin: Any = self.accelerator.state.fsdp_plugin
-        check(plugin.fsdp_version == 2, "fsdp_config's version", plugin.fsdp_version, "2 for rounds")
-        # Accelerate would wrap the layers once more in each round.
-        rule = "false for rounds; gradient_checkpointing=True does the same"
-        check(not plugin.activation_checkpointing, "fsdp_config's activation_checkpointing", True, rule)
-
-    def _shard(self) -> None:
-        """Let FSDP2 or DeepSpeed lay out the model now and not in the first round's training."""
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            self._place_for_deepspeed()
-        if not self.is_fsdp_enabled or isinstance(self.model, FSDPModule):
-            return
-        self._check_sharding()  # a construction computes the reference of held-out pairs
-        # Accelerate shards a model together with an optimizer; that of a round is made of the shards.
-        unused = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        self.model, _ = self.accelerator.prepare(self.model, unused)
-        self.model_wrapped = self.callback_handler.model = self.model
-        register_fsdp_forward_method(self.model, "generate")
-
-    def _place_for_deepspeed(self) -> None:
-        """Put the model where DeepSpeed will have it, and in its precision."""
-        self._check_sharding()
-        place_for_deepspeed(self)
-        if self.rounds_weights() and self._wide is None:
-            self._wide = {name: own_part(p).float() for name, p in self.policy_parameters().items()}
-            self.model.to(self._deepspeed().dtype())
-
-    def _deepspeed(self) -> Any:
-        return cast(Any, self.accelerator.state).deepspeed_plugin.hf_ds_config
-
-    def rounds_weights(self) -> bool:
-        """Return whether the model holds, by DeepSpeed's bf16 or fp16, no more than a policy's rounding."""
-        return self.is_deepspeed_enabled and self._deepspeed().dtype() != torch.float32
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> Any:
-        """Make the engine as Trainer does, and let its optimizer begin with the policy, not its rounding."""
-        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self._wide is not None and resume_from_checkpoint is None:
-            put_fp32_copies(self.policy_parameters(), self._wide)
-        return found
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as Trainer does, which for DeepSpeed needs an engine: there may be none of it."""
-        if not self.is_deepspeed_enabled or self.model_wrapped is not self.model:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # Data -----------------------------------------------------------------------------------------
 
@@ -614,8 +551,9 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         return progress, checkpoint
 
     def _settings(self) -> dict[str, Any]:
+        free = {"ds3_gather_for_generation"}  # nothing of what a round gives
         # With a fixed number of prompts for each, more rounds may be asked for than before.
-        free = set() if self.args.prompts_per_round is None else {"num_rounds"}
+        free |= set() if self.args.prompts_per_round is None else {"num_rounds"}
         names = {name for cls in type(self.args).__mro__ if cls.__module__.startswith("hf_ext.")
                  for name in vars(cls).get("__annotations__", {})}  # fmt: skip
         own = {name: getattr(self.args, name) for name in sorted(names - free)}
@@ -722,7 +660,7 @@ class RoundsTrainer(MethodTrainer, DPOTrainer):
         if self.args.reset_optimizer:
             self.optimizer = None
         if self.is_deepspeed_enabled:
-            self.model_wrapped = self.model  # for an engine of this round
+            self._end_engine()
             if self._deepspeed_scheduler is not None:
                 self._deepspeed().config["scheduler"] = copy.deepcopy(self._deepspeed_scheduler)
         self.args.output_dir = str(folder)

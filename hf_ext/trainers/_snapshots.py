@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .._compat import deepspeed
 from ..core.checks import check
 from ..core.dist import full_tensor
 
@@ -28,27 +29,35 @@ class HeldWeights:
         device: Where they are kept; None for their own.
 
     Raises:
-        ValueError: The tensors are sharded by FSDP1 or DeepSpeed ZeRO-3.
+        ValueError: The tensors are sharded by FSDP1.
     """
 
     def __init__(
         self, model: nn.Module, field: str, *, dtype: torch.dtype | None = None, device: str | None = None
     ) -> None:
         self.field, self.dtype, self.device = field, dtype, device
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}  # under ZeRO-3 this process's parts
+        self._split: dict[str, nn.Parameter] = {}  # the parameters whose parts they are
         self.take(model)
 
     def take(self, model: nn.Module) -> None:
         """Copy the tensors that train as they are now; earlier ones are overwritten where they stand."""
         trained = trained_tensors(model, self.field)
         if trained.keys() != self.tensors.keys():
-            kept = {name: (self.dtype or p.dtype, self.device or p.device) for name, p in trained.items()}
             self.tensors = {
-                name: torch.empty_like(p, dtype=kept[name][0], device=kept[name][1])
+                name: torch.empty_like(p, dtype=self.dtype or p.dtype, device=self.device or p.device)
                 for name, p in trained.items()
+                if not deepspeed.is_split(p)
             }
+            self._split = {name: p for name, p in trained.items() if deepspeed.is_split(p)}
         for name, parameter in trained.items():
-            self.tensors[name].copy_(parameter.detach())
+            if name in self._split:
+                part = deepspeed.own_part(parameter)
+                self.tensors[name] = part.to(
+                    dtype=self.dtype or part.dtype, device=self.device or part.device
+                )
+            else:
+                self.tensors[name].copy_(parameter.detach())
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite the copy.
@@ -56,7 +65,8 @@ class HeldWeights:
         Raises:
             ValueError: The names or shapes are not those of the tensors that train.
         """
-        wanted = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        shapes = {name: deepspeed.whole_shape(self._split.get(name, x)) for name, x in self.tensors.items()}
+        wanted = {name: tuple(shape) for name, shape in shapes.items()}
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         if wanted != found:
             names = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
@@ -66,13 +76,20 @@ class HeldWeights:
             )
         for name, value in tensors.items():
             held = self.tensors[name]
-            if isinstance(held, DTensor):
+            if name in self._split:
+                value = deepspeed.as_part(value, self._split[name])
+            elif isinstance(held, DTensor):
                 value = distribute_tensor(value.to(held.device), held.device_mesh, held.placements)
             held.copy_(value)
 
     def whole(self) -> dict[str, Tensor]:
-        """Return the copy with its shards gathered (a collective)."""
-        return {name: full_tensor(value) for name, value in self.tensors.items()}
+        """Return the copy with its shards or parts gathered (a collective)."""
+        return {
+            name: deepspeed.whole_of_parts(value, self._split[name])
+            if name in self._split
+            else full_tensor(value)
+            for name, value in self.tensors.items()
+        }
 
     def fingerprint(self) -> float:
         """Return a number that other tensors are most unlikely to have."""
@@ -82,26 +99,26 @@ class HeldWeights:
     def in_place_of(self, model: nn.Module) -> Generator[None]:
         """Let the copy stand in for the tensors that train, with dropout off and without gradients.
 
-        The parameters point at the copy meanwhile, and nothing of the model's own is copied or changed; under
-        FSDP2 the shards are overwritten, and put back.
+        The parameters, under ZeRO-3 their parts, point at the copy meanwhile, and nothing of the model's own
+        is copied or changed; under FSDP2 the shards are overwritten, and put back.
 
         Args:
             model: The model in training, unwrapped.
         """
         trained = trained_tensors(model, self.field)
-        own = {name: _own_values(parameter) for name, parameter in trained.items()}
         training = [module for module in model.modules() if module.training]
+        own: dict[str, Tensor] = {}
         try:
             for name, parameter in trained.items():
-                _put(parameter, self.tensors[name].to(device=parameter.device, dtype=parameter.dtype))
+                own[name] = _exchange(parameter, self.tensors[name])
             for module in training:
                 module.training = False
             with torch.no_grad():
                 yield
         finally:
             reshard(model)
-            for name, parameter in trained.items():
-                _put(parameter, own[name])
+            for name, values in own.items():
+                _exchange(trained[name], values)
             for module in training:
                 module.training = True
 
@@ -110,35 +127,39 @@ def trained_tensors(model: nn.Module, field: str) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by name.
 
     Raises:
-        ValueError: They are sharded by FSDP1 or DeepSpeed ZeRO-3, where they cannot be exchanged.
+        ValueError: They are sharded by FSDP1, where they cannot be exchanged.
     """
     reshard(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
-        sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_sharded_size")
-        rule = "a setting that needs no copy of the weights where FSDP1 or ZeRO-3 shards them"
-        check(not sharded, field, name, rule)
+        rule = "a setting that needs no copy of the weights where FSDP1 shards them"
+        check(not hasattr(parameter, "_sharded_size"), field, name, rule)
     return trained
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 give back what it has gathered: its parameters are then the shards that the optimizer has."""
+    """Let FSDP2 give back what it has gathered: its parameters are then the shards that the optimizer has.
+
+    Under ZeRO-3, whose parameters keep their parts beside them, none is on its way after it.
+    """
+    deepspeed.settle(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def _own_values(parameter: nn.Parameter) -> Tensor:
-    # FSDP2 gathers from a storage that it made once.
-    return parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.data
-
-
-def _put(parameter: nn.Parameter, values: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        with torch.no_grad():
-            parameter.copy_(values)
-    else:
-        parameter.data = values
+def _exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """Let a parameter have other values in the place of its own, and return those."""
+    if deepspeed.is_split(parameter):
+        return deepspeed.exchange_part(parameter, values)
+    values = values.to(device=parameter.device, dtype=parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        own, parameter.data = parameter.data, values
+        return own
+    own = parameter.detach().clone()  # FSDP2 gathers from a storage that it made once
+    with torch.no_grad():
+        parameter.copy_(values)
+    return own
 
 
 class TopKCache:

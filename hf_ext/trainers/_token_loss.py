@@ -12,22 +12,25 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.sft_trainer import SFTTrainer
 
+from .._compat import deepspeed
 from ..core.checks import check
 from ..core.dist import full_tensor
 from ._base import check_columns, check_filled, own_args
 
+T = TypeVar("T")
 # Column with the number of a training row, in the order in which the rows were given.
 ROW = "row_id"
 # Logits of one piece of a batch, for losses over whole distributions.
@@ -372,12 +375,15 @@ class Head:
         bias: (V,) or None.
         scale: Factor of the logits.
         softcap: c in c tanh(z / c), after the scale; None for none.
+        layer: The head itself where DeepSpeed's stage 3 splits its tensors, which are whole within `run`;
+            else None.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    layer: nn.Module | None = None
 
     @classmethod
     def of(cls, model: Any, *, detach: bool = False) -> Head:
@@ -391,13 +397,49 @@ class Head:
         causal = _causal(model)
         layer, config = causal.get_output_embeddings(), causal.config.get_text_config()
         weight, bias = layer.weight, getattr(layer, "bias", None)
-        if detach and not hasattr(weight, "ds_id"):
+        split = deepspeed.is_split(weight)
+        if detach and not split:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
             if any(isinstance(module, FSDPModule) for module in causal.modules()):
                 # What FSDP gathered for the forward, it gives back.
                 weight = full_tensor(weight).clone()
                 bias = None if bias is None else full_tensor(bias).clone()
-        return cls(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+        own = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(weight, bias, _logit_scale(config), softcap, own if split else None)
+
+    @classmethod
+    def kept(cls, model: Any) -> Head:
+        """Return a head without gradients that stays when the parameters get other values (a collective)."""
+        head = cls.of(model, detach=True)
+        if head.layer is None:
+            return head
+        with deepspeed.gathered([head.weight, head.bias]):
+            weight, bias = (None if x is None else x.detach().clone() for x in (head.weight, head.bias))
+        return replace(head, weight=cast(Tensor, weight), bias=bias, layer=None)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return deepspeed.whole_shape(self.weight)[0]
+
+    def run(self, function: Callable[[Tensor], T], hidden: Tensor) -> T:
+        """Return a function of hidden states (N, H) that uses this head, which may be split (a collective).
+
+        The layer that brings its tensors together, for the backward pass too, is called once: how often the
+        function uses the head need not be the same on all processes.
+        """
+        layer: Any = self.layer
+        if layer is None:
+            return function(hidden)
+        own = layer.__dict__.get("forward")
+        layer.forward = function
+        try:
+            return layer(hidden)
+        finally:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
 
     def log_probs(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Return log-probabilities (N, V), fp32, for hidden states (N, H)."""
@@ -439,13 +481,14 @@ def cross_entropy_to(head: Head, hidden: Tensor, target: Callable[[slice], Tenso
             wanted = target(rows)
         return -(wanted * head.log_probs(states)).sum(-1)
 
-    parts = [
-        checkpoint(piece, hidden[rows], rows, use_reentrant=False) for rows in pieces(hidden, head.weight)
-    ]
-    return torch.cat(parts) if parts else hidden.sum(-1)  # no position: zeros of shape (0,)
+    def all_pieces(hidden: Tensor) -> Tensor:
+        parts = [checkpoint(piece, hidden[rows], rows, use_reentrant=False) for rows in pieces(hidden, head)]
+        return torch.cat(parts) if parts else hidden.sum(-1)  # no position: zeros of shape (0,)
+
+    return head.run(all_pieces, hidden)
 
 
-def pieces(hidden: Tensor, weight: Tensor) -> list[slice]:
+def pieces(hidden: Tensor, head: Head) -> list[slice]:
     """Return slices of positions whose logits fit in memory together."""
-    size = max(1, _PIECE // weight.size(0))
+    size = max(1, _PIECE // head.vocabulary)
     return [slice(start, start + size) for start in range(0, len(hidden), size)]

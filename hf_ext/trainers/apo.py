@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.files import read_tensors, write_tensors
-from ._base import Inputs, register_trainer
+from ._base import Inputs, register_trainer, zero_stage
 from ._folding import (
     WholeLayers,
     as_lora,
@@ -188,7 +188,8 @@ class APOTrainer(RoundsTrainer):
     def _shard(self) -> None:
         model = self._unwrapped()
         folds = self.args.extrapolation_alpha > 0 and isinstance(model, PeftModel)
-        if self.is_fsdp_enabled and folds and self._whole_layers is None:
+        sharded = self.is_fsdp_enabled or zero_stage(self) == 3
+        if sharded and folds and self._whole_layers is None:
             self._whole_layers = WholeLayers(model)
         super()._shard()
 
@@ -317,14 +318,19 @@ class APOTrainer(RoundsTrainer):
                 super().load_policy(self._hat)
             return
         final = self._hat if self.args.final == "hat" else self._point()
-        folded = self._unwrapped()
+        folded, split = self._unwrapped(), zero_stage(self) == 3
         reshard(folded)
+        if split:
+            self._end_engine()
         self.model = as_lora(folded, self._original, final)
         if isinstance(folded, FSDPModule):
             folded.unshard()  # what is sharded with the outermost module, which is no longer called
         self.model_wrapped, self.optimizer = self.model, None
         self.callback_handler.model = cast(Any, self.model)
-        self._original, self._gave_back = None, self._whole_layers is not None
+        self._original, self._gave_back = None, self.is_fsdp_enabled
+        if split:
+            self._whole_layers = None
+            self._split()
 
     def _norm(self, tensors: Mapping[str, Tensor]) -> float:
         squares = {name: value.double().square().sum() for name, value in tensors.items()}

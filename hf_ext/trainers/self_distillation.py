@@ -36,7 +36,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..core.checks import check, check_choice
 from ..core.registry import Variant
-from ._base import Inputs, MethodTrainer, Neutral, register_trainer, zero_stage
+from ._base import Inputs, MethodTrainer, Neutral, check_parts, register_trainer
 from ._reference import model_inputs
 from ._snapshots import HeldWeights, TopKCache
 from ._token_loss import (
@@ -219,7 +219,7 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
 
     Raises:
         ValueError: A setting is refused: SFT's other losses, virtual tokens (prompt learning), packing or
-            padding-free with the cache, a streamed data set, weights sharded by FSDP1 or ZeRO-3.
+            padding-free with the cache, a streamed data set, a teacher of weights that FSDP1 shards.
     """
 
     needs_hidden = True
@@ -241,10 +241,8 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
         check(not closed or hasattr(given, "select"), "eval_dataset", type(given).__name__, rule)
         if args.pskd_alpha == 1.0 and not closed:
             warnings.warn("pskd_alpha is 1: the ground truth has no weight in the end", stacklevel=2)
-        stage = zero_stage(self)
-        rule = "below 3 unless pskd_alpha is 0: the teacher stands in for whole weights"
-        fits = stage < 3 or (args.pskd_alpha == 0 and not closed)
-        check(fits, "DeepSpeed's zero_optimization.stage", stage, rule)
+        if args.teacher == "checkpoint" and (args.pskd_alpha > 0 or closed):
+            check_parts(self, "a copy of the weights")
         rule = "'linear' or 'constant' with DeepSpeed, which Accelerate gives one run of a process alone"
         check(not (closed and self.is_deepspeed_enabled), "pskd_schedule", args.pskd_schedule, rule)
         self._refreshes = 0
@@ -402,7 +400,7 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
                 return nll
 
             def distributions(rows: slice) -> Tensor:
-                return spread_top(tokens[rows], probs[rows], head.weight.size(0), self.args.cache_rest)
+                return spread_top(tokens[rows], probs[rows], head.vocabulary, self.args.cache_rest)
 
         def target(rows: slice) -> Tensor:
             found = distributions(rows)
@@ -437,7 +435,7 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
         unscored = torch.full_like(inputs["labels"], -100)
         with self._held.in_place_of(model), last_hidden_states(model, states):
             model(**given, labels=unscored, fused_lm_head=True)
-            self._taught = states[-1][:, :-1][mask], Head.of(model, detach=True)
+            self._taught = states[-1][:, :-1][mask], Head.kept(model)
 
     @torch.no_grad()
     def _write(self, rows: Tensor, counts: Tensor, head: Head, hidden: Tensor) -> None:
@@ -447,7 +445,12 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
         if epoch % every != every - 1:
             return
         heat, k = self.args.teacher_temperature, self.args.cache_top_k
-        best = [head.log_probs(hidden[part], heat).exp().topk(k) for part in pieces(hidden, head.weight)]
+
+        def likeliest(hidden: Tensor) -> list[tuple[Tensor, ...]]:
+            probs = (head.log_probs(hidden[part], heat).exp() for part in pieces(hidden, head))
+            return [tuple(one.topk(k)) for one in probs]
+
+        best = head.run(likeliest, hidden)
         if best:
             probs, tokens = (torch.cat([one[i] for one in best]).cpu() for i in (0, 1))
             self._current.write(rows, counts, tokens, probs)
@@ -528,9 +531,9 @@ def _moments(
             with held.in_place_of(model), last_hidden_states(model, states):
                 unscored = torch.full_like(batch["labels"], -100)
                 model(**model_inputs(batch), labels=unscored, fused_lm_head=True)
-                sides.append((states[-1][:, :-1][labels != -100], Head.of(model, detach=True)))
+                sides.append((states[-1][:, :-1][labels != -100], Head.kept(model)))
         wanted = labels[labels != -100]
-        for part in pieces(sides[0][0], sides[0][1].weight):
+        for part in pieces(*sides[0]):
             u, v = (head.log_probs(hidden[part]).exp() for hidden, head in sides)
             y = torch.nn.functional.one_hot(wanted[part], u.size(-1)).to(u)
             inner += float(((y - u) * (v - u)).double().sum())

@@ -41,6 +41,7 @@ class Case:
         stage: DeepSpeed's `zero_optimization.stage`.
         adapter: The type of its adapter if it has one.
         settings: Settings over its test settings; those of a trainer's several cases have the same results.
+        zero: More of DeepSpeed's `zero_optimization`.
         ways: How it is cut short and resumed: "resumed" from a checkpoint, "between" two rounds.
     """
 
@@ -48,30 +49,47 @@ class Case:
     stage: int
     adapter: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    zero: Mapping[str, Any] = field(default_factory=dict)
     ways: tuple[str, ...] = ()
 
 
+# Else every tensor of so small a model would stay whole on each process.
+KEPT_WHOLE = {"stage3_param_persistence_threshold": 100}
+# Tensors of which two processes have no halves.
+ODD = {"hidden_size": 15, "intermediate_size": 25, "num_attention_heads": 1, "head_dim": 6}
 BY_ROW = {"loss_reduction": "sequence"}
 CASES = {
     "aligndistil": Case("aligndistil", 3),
     "apo": Case("apo", 2, "lora", ways=("resumed", "between")),
+    "apo-sharded": Case("apo", 3, "lora", ways=("resumed", "between")),
     "d2o-chunks": Case("d2o", 2, settings={"anchor_microbatch": 2}),
     "d2o": Case("d2o", 3),
     "online_iterative_dpo": Case("online_iterative_dpo", 1),
+    "online_iterative_dpo-sharded": Case(
+        "online_iterative_dpo",
+        3,
+        settings={"ds3_gather_for_generation": False},
+        ways=("resumed", "between"),
+    ),
     # Its optimizer is reset where it is cut.
     "paced_distillation": Case("paced_distillation", 2, settings=BY_ROW, ways=("resumed",)),
     "paced_distillation-sharded": Case("paced_distillation", 3, settings=BY_ROW),
     "self_distillation": Case("self_distillation", 2),
+    "self_distillation-sharded": Case("self_distillation", 3, ways=("resumed",)),
     "unlearning": Case("unlearning", 3, "lora"),
 }
 REFUSED: dict[str, tuple[Case, str]] = {
-    "rounds": (Case("apo", 3), "zero_optimization.stage"),
     "optimizer": (Case("online_iterative_dpo", 1, settings={"reset_optimizer": False}), "reset_optimizer"),
     "retain": (
         Case("unlearning", 3, settings={"retain_loss": "kl"}),
         "zero_optimization.stage",
     ),
-    "teacher": (Case("self_distillation", 3), "zero_optimization.stage"),
+    "secondary": (
+        Case("self_distillation", 3, zero={"zero_hpz_partition_size": 2}),
+        "zero_hpz_partition_size",
+    ),
+    "quantized": (Case("apo", 3, zero={"zero_quantized_weights": True}), "zero_quantized_weights"),
+    "disk": (Case("apo", 3, zero={"offload_param": {"device": "nvme"}}), "offload_param.device"),
     "chunks": (Case("d2o", 3, settings={"anchor_microbatch": 2}), "anchor_microbatch"),
     "closed": (
         Case("self_distillation", 2, settings={"pskd_schedule": "closed_form"}),
@@ -97,11 +115,14 @@ def make(folder: Path, case: Case, stage: int | None, **options: Any) -> Any:
     info = get("trainer", case.trainer)
     settings = {**info.test_kwargs, **case.settings}
     if stage is not None:
-        engine = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}
+        zero = {"stage": stage, **(KEPT_WHOLE if stage == 3 else {}), **case.zero}
+        engine = {"zero_optimization": zero, "bf16": {"enabled": "auto"}}
         sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
         given["deepspeed"] = engine | dict.fromkeys(sizes, "auto")
     data = columns(rows(16), info.target.inputs.columns[0])  # type: ignore[attr-defined]
     config = None if case.adapter is None else adapter(case.adapter)
+    if "model" not in options:
+        options["model"] = tiny_model(**ODD)
     return build(info, folder, data=data, peft_config=config, settings=settings, **{**given, **options})
 
 
@@ -110,6 +131,7 @@ def run(folder: Path, case: Case, stage: int | None, *, resume: bool = False) ->
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     trainer = make(folder, case, stage)
+    before = _engines()  # of earlier trainers, whose models DeepSpeed keeps
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.accelerator.num_processes == 2
     assert isinstance(trainer.deepspeed, deepspeed.DeepSpeedEngine) == (stage is not None)
@@ -120,14 +142,24 @@ def run(folder: Path, case: Case, stage: int | None, *, resume: bool = False) ->
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         found = parameters(trainer)
     losses = [entry["loss"] for entry in training_logs(trainer)]
+    if "rounds" in get("trainer", case.trainer).supports:
+        assert _engines() <= before + 1, "the engines of earlier rounds are kept"
     trainer.accelerator.free_memory()
     return {**found, "log.loss": torch.tensor(losses).double()}
 
 
-def run_in_half_precision(folder: Path) -> dict[str, Tensor]:
+def _engines() -> int:
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    gc.collect()
+    return sum(isinstance(one, deepspeed.DeepSpeedEngine) for one in gc.get_objects())
+
+
+def run_in_half_precision(folder: Path, stage: int) -> dict[str, Tensor]:
     """Train a round in bf16 at a rate of zero, and return the policy that it leaves in its file."""
-    case = Case("online_iterative_dpo", 1)
-    trainer = make(folder, case, case.stage, bf16=True, learning_rate=0.0, max_steps=1)
+    trainer = make(
+        folder, Case("online_iterative_dpo", stage), stage, bf16=True, learning_rate=0.0, max_steps=1
+    )
     trainer.train()
     assert trainer.model.dtype == torch.bfloat16
     trainer.accelerator.free_memory()
@@ -144,10 +176,12 @@ def main() -> None:
     # Engines that collection ends must end in all processes at once.
     gc.disable()
     gc.freeze()
-    keep("half", "plain", {name: p.detach().clone() for name, p in tiny_model().named_parameters()})
+    start = tiny_model(**ODD).named_parameters()
+    keep("half", "plain", {name: p.detach().clone() for name, p in start})
     for trainer, case in {case.trainer: case for case in CASES.values()}.items():
         keep(trainer, "plain", run(out / f"{trainer}-plain", case, None))
-    keep("half", "whole", run_in_half_precision(out / "half"))
+    for stage in (1, 3):
+        keep("half", f"stage{stage}", run_in_half_precision(out / f"half{stage}", stage))
     for name, case in sorted(CASES.items(), key=lambda item: item[1].stage):
         keep(name, "whole", run(out / name, case, case.stage))
         for way in case.ways:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -361,6 +363,25 @@ def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
     config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="virtual tokens"):
         make(tmp_path, peft_config=config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"), [({}, True), ({"pskd_alpha": 0.0}, False), ({"teacher": "cache"}, False)]
+)
+def test_a_teacher_of_weights_is_refused_where_fsdp1_shards_them(
+    settings: dict[str, Any], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = SFTTrainer.__init__
+
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+        plugin = SimpleNamespace(fsdp_version=1)
+        monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", plugin, raising=False)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match="fsdp_config's version") if refused else nullcontext():
+        make(tmp_path, **settings)
 
 
 def test_a_streamed_data_set_is_refused(tmp_path: Path) -> None:
