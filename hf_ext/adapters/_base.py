@@ -203,6 +203,8 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         )
         refuse_tensor_parallel(core, module_name)
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
+        for setting in self.layout.settings:  # models ask their layers for them, as Whisper for a stride
+            setattr(self, setting, getattr(core, setting))
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict())
         self.configs: dict[str, AdapterConfig] = {}

@@ -60,6 +60,7 @@ class Layout:
     """
 
     kind = "linear"
+    settings: tuple[str, ...] = ()  # attributes of the base layer, beside those of every adapted layer
 
     def __init__(self, core: nn.Module) -> None:
         self.transposed = isinstance(core, Conv1D)
@@ -115,6 +116,10 @@ class Layout:
         """Return B h_t at every position, for B as it is kept and h as `project` returns it."""
         return F.linear(inner, b)
 
+    def per_feature(self, values: Tensor) -> Tensor:
+        """Return a vector (k,) in a shape that multiplies the features of what `project` returns."""
+        return values
+
     def drop(self, dropout: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what a linear function of the input gives where entries of the input are dropped."""
         return forward(dropout(x))
@@ -138,6 +143,7 @@ class ConvolutionLayout(Layout):
     """A convolution of one group as a product with a matrix."""
 
     kind = "convolution"
+    settings = tuple(nn.Conv1d.__constants__)
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -178,6 +184,10 @@ class ConvolutionLayout(Layout):
         """Return the convolution with filters of size 1 that mixes channels by B."""
         return self.convolve(inner, self._pointwise(b))
 
+    def per_feature(self, values: Tensor) -> Tensor:
+        """Return a vector (k,) in a shape that multiplies channels."""
+        return values.reshape(-1, *(1,) * self.dims)
+
     def _pointwise(self, b: Tensor) -> Tensor:
         return b.reshape(*b.shape, *(1,) * self.dims)
 
@@ -198,6 +208,7 @@ class EmbeddingLayout(Layout):
     """An embedding as a product with a matrix."""
 
     kind = "embedding"
+    settings = tuple(nn.Embedding.__constants__)
 
     def __init__(self, core: Any) -> None:
         self.core = core

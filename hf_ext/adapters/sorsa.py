@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.checks import check, check_choice
@@ -75,7 +74,17 @@ class SorsaConfig(PrincipalConfig):
     model=PrincipalModel,
     summary="leading singular triplets, trained with the factors held near orthonormal",
     paper="arXiv:2409.00055",
-    supports={"starts_at_base", "exact_base", "merge", "lora_export", "multi_adapter", "conv1d", "quantized"},
+    supports={
+        "starts_at_base",
+        "exact_base",
+        "merge",
+        "lora_export",
+        "multi_adapter",
+        "conv1d",
+        "quantized",
+        "embeddings",
+        "convolutions",
+    },
     test_kwargs={"r": 4},
     variants=(Variant(name="residual", test_kwargs={"base_mode": "residual"}, lacks=RESIDUAL_LACKS),),
     bad_kwargs=(
@@ -100,6 +109,7 @@ class SorsaLinear(PrincipalLinear):
     adapter_layer_names = ("sorsa_A", "sorsa_S", "sorsa_B")
     adapter_frozen_names = ("sorsa_U", "sorsa_C")
     offset_names = ("sorsa_U", "sorsa_C")
+    inner_names = ("sorsa_A", "sorsa_C")
 
     sorsa_A: nn.ParameterDict
     sorsa_S: nn.ParameterDict
@@ -136,7 +146,8 @@ class SorsaLinear(PrincipalLinear):
         """Return s B (S * (A x))."""
         a, s, b = self.sorsa_A[name], self.sorsa_S[name], self.sorsa_B[name]
         # Scaling r numbers per token is cheaper than scaling out_features of them.
-        return F.linear(F.linear(x, a) * (self.scale[name] * s), b)
+        inner = self.layout.project(x, a) * self.layout.per_feature(self.scale[name] * s)
+        return self.layout.expand(inner, b)
 
     @classmethod
     def training_metrics(cls, model: nn.Module) -> dict[str, float]:
@@ -145,11 +156,15 @@ class SorsaLinear(PrincipalLinear):
         return {"orthonormality": _mean_norm(matrices)} if matrices else {}
 
     def factor_matrices(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Yield adapter name, factor, and whether its rows (A) or columns (B) are the singular vectors."""
+        """Yield adapter name, factor, and whether its rows (A) or columns (B) are the singular vectors.
+
+        Filters are rows; an embedding's factors are kept transposed.
+        """
+        turned = self.layout.kind == "embedding"
         for name in names:
             if name in self.configs:
-                yield name, cast(nn.Parameter, self.sorsa_A[name]), True
-                yield name, cast(nn.Parameter, self.sorsa_B[name]), False
+                yield name, cast(nn.Parameter, self.sorsa_A[name]), not turned
+                yield name, cast(nn.Parameter, self.sorsa_B[name]), turned
 
 
 def orthonormality_gradients(
@@ -218,7 +233,7 @@ def _penalty_gradients(layers: list[nn.Module], group_of: GroupOf) -> Iterator[t
         if config.gamma == 0.0:
             continue
         count = counts[key]  # of the adapter, also where several optimizers share it
-        whole = [full_tensor(factor.detach()) for factor, _ in matrices]
+        whole = [full_tensor(factor.detach()).flatten(1) for factor, _ in matrices]
         _, gradients = orthonormality_gradients(
             whole, [rows for _, rows in matrices], config.ortho_eps, config.ortho_form
         )
@@ -230,7 +245,7 @@ def _penalty_gradients(layers: list[nn.Module], group_of: GroupOf) -> Iterator[t
             rule = "0 where the peak learning rate is 0 (a warm-up by hand gives the group an initial_lr)"
             check(peak > 0.0, "gamma", config.gamma, rule)
             _warn_of_decay(group)
-            yield factor, gradient.mul_(config.gamma / (peak * count))
+            yield factor, gradient.mul_(config.gamma / (peak * count)).reshape(factor.shape)
 
 
 def _warn_of_decay(group: dict[str, Any]) -> None:
@@ -265,6 +280,8 @@ def _matrices(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
 
 def _mean_norm(matrices: Sequence[tuple[nn.Parameter, bool]]) -> float:
     norms, _ = orthonormality_gradients(
-        [full_tensor(factor.detach()) for factor, _ in matrices], [rows for _, rows in matrices], eps=0.0
+        [full_tensor(factor.detach()).flatten(1) for factor, _ in matrices],
+        [rows for _, rows in matrices],
+        eps=0.0,
     )
     return float(torch.stack([norm.cpu() for norm in norms]).mean())

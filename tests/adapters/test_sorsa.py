@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ext.adapters import SorsaConfig, export_to_lora, orthonormality
 from hf_ext.adapters.sorsa import ORTHONORMALITY, SorsaLinear, orthonormality_gradients
-from tests.adapters.models import IDS, OneLayer, logits, steps
+from tests.adapters.models import IDS, Mixed, OneLayer, logits, steps
 from tests.reference.sorsa import ReferenceSorsa
 
 
@@ -776,3 +776,30 @@ def test_settings_are_named_when_they_do_not_fit(field: str, value: Any, error: 
 def test_text_that_spells_a_number_is_one() -> None:
     config = SorsaConfig(r="8", gamma="1e-3", dropout="0.1", seed="3")  # type: ignore[arg-type]
     assert (config.r, config.gamma, config.dropout, config.seed) == (8, 1e-3, 0.1, 3)
+
+
+# Embeddings and convolutions -----------------------------------------------------------------------
+
+
+def test_penalty_on_embeddings_and_convolutions_is_that_of_their_matrices() -> None:
+    config = SorsaConfig(r=4, gamma=0.5, ortho_eps=0.0, target_modules=list(Mixed.targets))
+    adapted = get_peft_model(Mixed(), config)  # type: ignore[arg-type]
+    layers = [module for module in adapted.modules() if isinstance(module, SorsaLinear)]
+    norms, expected = [], {}
+    for layer in layers:
+        for name in ("sorsa_A", "sorsa_B"):
+            parameter = getattr(layer, name)["default"]
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+            matrix = layer.adapter_tensors("default")[name].clone().requires_grad_()
+            gram = matrix @ matrix.T if name == "sorsa_A" else matrix.T @ matrix
+            norms.append((gram - torch.eye(4)).norm())
+            (change,) = torch.autograd.grad(norms[-1], [matrix], retain_graph=True)
+            expected[layer.module_name, name] = matrix.detach() - 0.5 / 10 * change
+    assert orthonormality(adapted) == pytest.approx(float(torch.stack(norms).mean()), rel=1e-5)
+    for parameter in (p for p in adapted.parameters() if p.requires_grad):
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1).step()
+    for layer in layers:
+        for name in ("sorsa_A", "sorsa_B"):
+            found = layer.adapter_tensors("default")[name]
+            torch.testing.assert_close(found, expected[layer.module_name, name], atol=1e-5, rtol=1e-4)
