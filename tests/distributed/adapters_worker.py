@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_ext.adapters import awaits_data, export_to_lora, initialize_from_data
 from hf_ext.core import registry
 from hf_ext.core.dist import full_tensor
+from tests.adapters.models import Mixed
 from tests.conftest import build_tiny_llama
 from tests.distributed.launch import leave
 
@@ -31,15 +32,24 @@ BATCH = torch.arange(4 * 12).reshape(4, 12) * 7 % 256
 
 
 def cases() -> dict[str, tuple[registry.MethodInfo, dict[str, Any]]]:
-    """Return every registered adapter and each of its forms, with test settings; one trains biases too."""
+    """Return every registered adapter and each of its forms, with test settings.
+
+    One trains biases too, and some are on every kind of layer.
+    """
     forms = [form for info in registry.methods("adapter") for form in info.forms()]
     found = {name: (info, dict(info.test_kwargs)) for name, info in forms}
     info, settings = found["pissa"]
-    return {**found, "pissa-biases": (info, {**settings, "bias": "all"})}
+    found["pissa-biases"] = (info, {**settings, "bias": "all"})
+    for name in ("lora_ga", "sorsa"):
+        info, settings = found[name]
+        found[f"{name}-layers"] = (info, {**settings, "target_modules": list(Mixed.targets)})
+    return found
 
 
 def base_model(settings: dict[str, Any]) -> Any:
-    """Return the small model, with biases where they are to be trained."""
+    """Return the small model, with biases where they are to be trained, or one of every kind of layer."""
+    if "target_modules" in settings:
+        return Mixed()
     return build_tiny_llama(attention_bias="bias" in settings)
 
 
@@ -48,7 +58,7 @@ def adapted(info: registry.MethodInfo, settings: dict[str, Any]) -> nn.Module:
     assert info.config is not None
     if "gamma" in info.config.__dataclass_fields__:
         settings = {**settings, "gamma": 0.05}
-    model = get_peft_model(base_model(settings), info.config(target_modules="all-linear", **settings))
+    model = get_peft_model(base_model(settings), info.config(**{"target_modules": "all-linear", **settings}))
     # Each rank its own half of the rows, as in training.
     mine = BATCH.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else BATCH
     for name in awaits_data(model):
@@ -91,7 +101,8 @@ def main() -> None:
         torch.manual_seed(1000 + rank)
         model = adapted(info, settings)
         mesh = init_device_mesh("cpu", (2,))
-        for block in model.base_model.model.model.layers:
+        inner = model.base_model.model
+        for block in inner.model.layers if hasattr(inner, "model") else inner.children():
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         train(model, ids)
