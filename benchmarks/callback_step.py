@@ -1,17 +1,20 @@
 """Time of a training step with each callback, as a ratio to the Trainer without one.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 20] [--blocks 6] [--warm-up 5]
-     [--only NAME,...] [--out docs/assets/callback_step.json]
+     [--only NAME ...] [--out docs/assets/callback_step.json]
 
-The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread. Each callback takes turns with a
-run without one within one process, a step each (`_pairing.py`); the arm "plain" is two runs without one, and
-shows what the measurement itself can tell apart. Beside it stands what the ratio would be if the callback
-cost nothing but the time in its own functions, from a profile (`_inside.py`).
+The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread; all weights are trained, or, in
+the arms whose names end in ", LoRA", a LoRA of PEFT alone (r = 16, all linear layers). Each callback takes
+turns with a run of the same weights without one within one process, a step each (`_pairing.py`); the arms
+"plain" are two runs without one, and show what the measurement itself can tell apart. Beside it stands what
+the ratio would be if the callback cost nothing but the time in its own functions, from a profile
+(`_inside.py`). With `--only` the file of `--out` keeps its other rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +22,9 @@ from typing import Any
 
 import torch
 from _inside import Profile
-from _lab import fit, functions, save_json, table
+from _lab import embedded_model, fit, functions, save_json, table
 from _pairing import COLUMNS, HEADS, compared, decides, in_turns
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 import hf_ext
@@ -29,6 +33,8 @@ from hf_ext import callbacks
 # Of the ratio to the step without the callback.
 BAR = 1.005
 PLAIN = "plain"
+# Ends the names of arms that train an adapter.
+LORA = ", LoRA"
 # A test of the adaptive batch size comes in ten updates at the least often.
 PROFILED = 40
 ARMS: dict[str, Any] = {
@@ -43,12 +49,22 @@ ARMS: dict[str, Any] = {
     "hypergradient, rounds of 10": lambda: [callbacks.HypergradientCallback(local_steps=10)],
     "continual_ema": lambda: [callbacks.ContinualEMACallback()],
     "stage_recovery, recording": lambda: [callbacks.StageRecoveryCallback()],
+    PLAIN + LORA: list,
+    "adaptive_batch_size, a test in every update" + LORA: lambda: [_adaptive(1)],
+    "continual_ema" + LORA: lambda: [callbacks.ContinualEMACallback()],
 }
 
 
 def _adaptive(interval: int) -> Any:
     # A tolerance that no noise reaches: the batch stays as it is.
     return callbacks.AdaptiveBatchSizeCallback(batch_max=16, eta=1e9, test_interval=interval)
+
+
+def _model(arm: str) -> Any:
+    if not arm.endswith(LORA):
+        return None
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(embedded_model(), settings)
 
 
 def training(arm: str, folder: Path) -> Callable[[TrainerCallback, int], Any]:
@@ -64,6 +80,7 @@ def training(arm: str, folder: Path) -> Callable[[TrainerCallback, int], Any]:
             max_steps=steps,
             batch_size=4,
             callbacks=[first, *ARMS[arm]()],
+            model=_model(arm),
             folder=folder,
             evaluate=False,
             gradient_accumulation_steps=2,
@@ -86,25 +103,31 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20, help="of steps, in each block")
     parser.add_argument("--blocks", type=int, default=6, help="times that both loops are built")
     parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--only", help="callbacks to measure, by how their names begin")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="measure the arms whose names begin so; several times"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    starts = tuple(options.only.split(",")) if options.only else ("",)
+    starts = tuple(options.only or [""])
     results: dict[str, Any] = {}
+    if options.only and options.out and options.out.is_file():  # the other arms as they were measured
+        results = json.loads(options.out.read_text(encoding="utf-8"))["callbacks"]
     for arm in (name for name in ARMS if name.startswith(starts)):
         with tempfile.TemporaryDirectory() as folder:
-            plain, other = (training(which, Path(folder)) for which in (PLAIN, arm))
+            baseline = PLAIN + LORA if arm.endswith(LORA) else PLAIN
+            plain, other = (training(which, Path(folder)) for which in (baseline, arm))
             figures = compared(in_turns(plain, other, options.pairs, options.warm_up, options.blocks))
             figures["inside"] = inside(arm, Path(folder), options.warm_up)
         results[arm] = {**figures, "bar": BAR, "is": decides(figures, BAR)}
         shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in results[arm].items()}
         print(arm, shown, flush=True)
     columns = (*COLUMNS, "inside")
-    rows = [[arm, *(f"{row[key]:.4f}" for key in columns), row["is"]] for arm, row in results.items()]
+    measured = {arm: row for arm, row in results.items() if arm.startswith(starts)}
+    rows = [[arm, *(f"{row[key]:.4f}" for key in columns), row["is"]] for arm, row in measured.items()]
     print(table(rows, ["callback", *HEADS, "by its own functions", f"{BAR}"]))
     if options.out:
-        save_json(options.out, {"pairs_of_steps": options.pairs, "callbacks": results})
+        save_json(options.out, {"callbacks": results})
 
 
 if __name__ == "__main__":

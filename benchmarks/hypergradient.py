@@ -1,24 +1,29 @@
 """Local training with hypergradient rates against plain averaging and against DDP, on two processes.
 
-Run: python benchmarks/hypergradient.py [--steps 150] [--out docs/assets/hypergradient.json]
+Run: python benchmarks/hypergradient.py [--steps 150] [--only ARM ...] [--out docs/assets/hypergradient.json]
 
 A Llama of 89 thousand parameters from random weights learns the English of Python's language reference by
 characters: AdamW, linear decay, batches of 8 x 64 characters on each of two processes (gloo, CPU), which draw
 from the same text. DDP averages gradients in each of the steps; the other arms train apart for 10 steps and
 exchange weights then, a tenth as often. Each arm has the best of the rates, by the loss on held-out text and
 on a seed of their own. Then all arms train at the best rate of plain averaging, at a tenth and at ten times
-of it. Losses are of the averaged weights on other held-out text.
+of it. Losses are of the averaged weights on other held-out text. Since a factor that rises from 1 is also a
+warm-up, plain averaging is there with one too, over the first fifth of the run.
+
+With `--only` some arms are measured, and those that the file of `--out` has beside them are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +41,23 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 ARMS: dict[str, dict[str, Any] | None] = {
     "DDP": None,
     "plain averaging": {"variant": "none"},
+    "plain averaging, warm-up": {"variant": "none"},
     "G": {"variant": "G"},
     "GM": {"variant": "GM"},
     "CL": {"variant": "none", "local": "CL"},
     "G and CL": {"variant": "G", "local": "CL"},
+    "SL": {"variant": "SL"},
+    "G, raw": {"variant": "G", "agreement": "raw"},
+    "GM, raw": {"variant": "GM", "agreement": "raw"},
+    "CL, raw": {"variant": "none", "local": "CL", "agreement": "raw"},
+    "G and CL, raw": {"variant": "G", "local": "CL", "agreement": "raw"},
+    "SL, raw": {"variant": "SL", "agreement": "raw"},
 }
 PLAIN = "plain averaging"
+# A control for factors that rise from 1: the plain arm with a learning rate that does.
+WARMED = "plain averaging, warm-up"
+WARM_UP = 0.2  # of the run
+RAW = ", raw"  # ends the names of arms with the paper's products
 MULTIPLES = (0.1, 1.0, 10.0)  # of the plain arm's best rate
 LIMIT = 3600  # seconds for both processes
 
@@ -78,6 +94,7 @@ def run(arm: str, rate: float, seed: int, steps: int, corpus: Corpus, split: str
         model=tiny_model(seed),
         callbacks=callbacks,
         eval_steps=LOCAL_STEPS if curve else None,
+        warmup_steps=round(WARM_UP * steps) if arm == WARMED else 0,
         logging_strategy="steps",
         logging_steps=LOCAL_STEPS // 2,
     )
@@ -89,7 +106,7 @@ def measured(arm: str, rate: float, seeds: int, steps: int, corpus: Corpus) -> d
     curve = {step: sum(one.losses[step] for one in runs) / seeds for step in runs[0].losses}
     found: dict[str, Any] = {"learning_rate": rate, **mean_and_spread([one.final for one in runs])}
     found["curve"] = curve
-    # The outer factor after the last round, the local one in its middle: each round begins at 1.
+    # The outer factor after the last round, the local one in its middle: with CL each round begins at 1.
     for key, behind in (("alpha", 1), ("beta_mean", 2)):
         logs = [one.trainer.state.log_history for one in runs]
         values = [[e[f"hypergradient/{key}"] for e in log if f"hypergradient/{key}" in e] for log in logs]
@@ -103,12 +120,19 @@ def rounds_to(curve: dict[int, float], loss: float) -> int | None:
     return next((step // LOCAL_STEPS for step, value in curve.items() if value <= loss), None)
 
 
-def measure(seeds: int, steps: int) -> dict[str, Any]:
-    """Return all arms at their best rates, and at bad ones."""
+def measure(seeds: int, steps: int, only: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
+    """Return arms at their best rates, and at bad ones.
+
+    Args:
+        seeds: Runs of each.
+        steps: Optimizer steps of a run.
+        only: Arms to measure.
+        known: What an earlier run of the script has returned, for the arms beside them; may be empty.
+    """
     corpus = text()
     started = time.process_time()
-    tuned: dict[str, Any] = {}
-    for arm in ARMS:
+    tuned: dict[str, Any] = dict(known.get("tuned", {}))
+    for arm in only:
         rate = best_rate(
             lambda rate, arm=arm: run(arm, rate, TUNING_SEED, steps, corpus, "validation").final, RATES, arm
         )
@@ -117,11 +141,13 @@ def measure(seeds: int, steps: int) -> dict[str, Any]:
     off: dict[str, Any] = {}
     for multiple in MULTIPLES:
         rate = multiple * tuned[PLAIN]["learning_rate"]
-        off[f"{multiple:g}"] = {
-            arm: found if found["learning_rate"] == rate else measured(arm, rate, seeds, steps, corpus)
-            for arm, found in tuned.items()
+        off[f"{multiple:g}"] = dict(known.get("off", {}).get(f"{multiple:g}", {})) | {
+            arm: tuned[arm]
+            if tuned[arm]["learning_rate"] == rate
+            else measured(arm, rate, seeds, steps, corpus)
+            for arm in only
         }
-    seconds = time.process_time() - started
+    seconds = time.process_time() - started + known.get("processor_seconds", 0.0)
     return {"steps": steps, "rates": RATES, "tuned": tuned, "off": off, "processor_seconds": seconds}
 
 
@@ -134,7 +160,8 @@ def report(found: dict[str, Any], out: Path | None) -> None:
     for title, arms in groups.items():
         goal = arms[PLAIN]["mean"]
         rows = []
-        for arm, values in arms.items():
+        for arm in (arm for arm in ARMS if arm in arms):
+            values = arms[arm]
             factors = " / ".join(
                 f"{sum(values[key]) / len(values[key]):.2f}" if key in values else "-"
                 for key in ("alpha", "beta_mean")
@@ -150,15 +177,12 @@ def report(found: dict[str, Any], out: Path | None) -> None:
 
     def draw(axes: Any) -> None:
         for style, multiple in (("-", "1"), (":", "0.1")):
-            for index, (arm, values) in enumerate(found["off"][multiple].items()):
+            for index, arm in enumerate(arm for arm in ARMS if arm in found["off"][multiple]):
+                if arm == WARMED or arm.endswith(RAW):  # in the tables
+                    continue
+                curve = found["off"][multiple][arm]["curve"]
                 label = arm if style == "-" else None
-                axes.plot(
-                    list(values["curve"]),
-                    list(values["curve"].values()),
-                    style,
-                    color=f"C{index}",
-                    label=label,
-                )
+                axes.plot(list(curve), list(curve.values()), style, color=f"C{index}", label=label)
         axes.set_xlabel("optimizer step (solid: best rate of plain averaging, dotted: a tenth of it)")
         axes.set_ylabel("held-out loss, nats per character")
         axes.set_ylim(1.95, 3.0)
@@ -167,13 +191,29 @@ def report(found: dict[str, Any], out: Path | None) -> None:
     save_plot(out.with_suffix(".png"), draw)
 
 
+def _known(out: Path | None, steps: int) -> dict[str, Any]:
+    if out is None or not out.is_file():
+        return {}
+    known = json.loads(out.read_text(encoding="utf-8"))
+    if known["steps"] != steps or tuple(known["rates"]) != RATES:
+        raise ValueError(f"{out} is of {known['steps']} steps and rates {known['rates']}")
+    # JSON has no whole numbers for keys.
+    for arms in (known["tuned"], *known["off"].values()):
+        for values in arms.values():
+            values["curve"] = {int(step): loss for step, loss in values["curve"].items()}
+    return known
+
+
 def main() -> None:
     """Start two processes of this script, or, as one of them, measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=ARMS, help="an arm to measure; several times")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.only and PLAIN not in options.only and not (options.out and options.out.is_file()):
+        parser.error(f"--only without {PLAIN!r} needs the file of an earlier run as --out")
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -183,7 +223,8 @@ def main() -> None:
     if os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    found = measure(options.seeds, options.steps)
+    known = _known(options.out, options.steps) if options.only else {}
+    found = measure(options.seeds, options.steps, options.only or list(ARMS), known)
     if os.environ["RANK"] == "0":
         report(found, options.out)
     dist.destroy_process_group()

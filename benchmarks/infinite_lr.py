@@ -36,7 +36,7 @@ from hf_ext.callbacks import InfiniteLRCallback
 
 # Constant rate over peak of each infinite arm; None for repeated cosine.
 ARMS = {"repeated cosine": None, "infinite": 0.1, "infinite, constant at 0.3 of the peak": 0.3}
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 def run(arm: str, rate: float, seed: int, steps: int, split: str) -> dict[str, list[float]]:
@@ -123,20 +123,26 @@ def main() -> None:
     print(table(rows, ["schedule", "best rate", "functions", "prose", "mean", "std of seeds"]))
     if options.out:
         save_json(options.out, {"steps": steps, "rates": RATES, "arms": results})
+        plot(options.out.with_suffix(".png"), results)
 
-        def draw(axes: Any) -> None:
-            for index, (arm, found) in enumerate(results.items()):
-                stages = [found[f"functions, prose after {stage}"] for stage in (1, 2)]
-                for corpus, name in enumerate(("functions", "prose")):
-                    means = [sum(pair[corpus] for pair in stage) / len(stage) for stage in stages]
-                    axes.plot(
-                        [1, 2], means, "o-" if corpus else "s--", color=f"C{index}", label=f"{arm}: {name}"
-                    )
-            axes.set_xticks([1, 2], ["after functions", "after prose"])
-            axes.set_ylabel("held-out loss, nats per token")
-            axes.legend()
 
-        save_plot(options.out.with_suffix(".png"), draw)
+def plot(path: Path, results: dict[str, Any]) -> None:
+    """Draw the losses on both corpora after each stage."""
+
+    def draw(axes: Any) -> None:
+        for index, arm in enumerate(ARMS):
+            if arm not in results:
+                continue
+            stages = [results[arm][f"functions, prose after {stage}"] for stage in (1, 2)]
+            for corpus, name in enumerate(("functions", "prose")):
+                means = [sum(pair[corpus] for pair in stage) / len(stage) for stage in stages]
+                style = "o-" if corpus else "s--"
+                axes.plot([1, 2], means, style, color=f"C{index}", label=f"{arm}: {name}")
+        axes.set_xticks([1, 2], ["after functions", "after prose"])
+        axes.set_ylabel("held-out loss, nats per token")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(0.0, 0.42))
+
+    save_plot(path, draw)
 
 
 if __name__ == "__main__":
