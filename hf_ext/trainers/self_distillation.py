@@ -189,7 +189,7 @@ def spread_top(tokens: Tensor, probs: Tensor, vocabulary: int, rest: str) -> Ten
     config=SelfDistillationConfig,
     inputs=Inputs(columns=(("prompt", "completion"), ("messages",), ("text",))),
     neutral=Neutral(parent=SFTTrainer, config=SFTConfig, settings={"pskd_alpha": 0.0}),
-    test_kwargs={"refresh_epochs": 0.2},
+    test_kwargs={"refresh_epochs": 0.3},
     variants=(
         Variant(name="cache", test_kwargs={"teacher": "cache", "refresh_epochs": 1.0, "cache_top_k": 5}),
     ),

@@ -43,6 +43,7 @@ class Case:
         settings: Settings over its test settings; those of a trainer's several cases have the same results.
         zero: More of DeepSpeed's `zero_optimization`.
         ways: How it is cut short and resumed: "resumed" from a checkpoint, "between" two rounds.
+        middle: Step of that checkpoint.
     """
 
     trainer: str
@@ -51,12 +52,15 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     zero: Mapping[str, Any] = field(default_factory=dict)
     ways: tuple[str, ...] = ()
+    middle: int = MIDDLE
 
 
 # Else every tensor of so small a model would stay whole on each process.
 KEPT_WHOLE = {"stage3_param_persistence_threshold": 100}
 # Tensors of which two processes have no halves.
 ODD = {"hidden_size": 15, "intermediate_size": 25, "num_attention_heads": 1, "head_dim": 6}
+# A refresh before the last step but one alone: in the last the teacher is older than the model.
+OLDER = {"refresh_epochs": 0.4, "teacher_temperature": 0.05}
 BY_ROW = {"loss_reduction": "sequence"}
 CASES = {
     "aligndistil": Case("aligndistil", 3),
@@ -74,8 +78,10 @@ CASES = {
     # Its optimizer is reset where it is cut.
     "paced_distillation": Case("paced_distillation", 2, settings=BY_ROW, ways=("resumed",)),
     "paced_distillation-sharded": Case("paced_distillation", 3, settings=BY_ROW),
-    "self_distillation": Case("self_distillation", 2),
-    "self_distillation-sharded": Case("self_distillation", 3, ways=("resumed",)),
+    "self_distillation": Case("self_distillation", 2, settings=OLDER),
+    "self_distillation-sharded": Case(
+        "self_distillation", 3, settings=OLDER, ways=("resumed",), middle=STEPS - 1
+    ),
     "unlearning": Case("unlearning", 3, "lora"),
 }
 REFUSED: dict[str, tuple[Case, str]] = {
@@ -109,7 +115,7 @@ def make(folder: Path, case: Case, stage: int | None, **options: Any) -> Any:
     GradientState._reset_state()
     gc.collect()
     given: dict[str, Any] = {"adam_epsilon": 0.1, "learning_rate": 0.1, "max_steps": STEPS}
-    given |= {"per_device_train_batch_size": GLOBAL_BATCH // 2, "save_steps": MIDDLE}
+    given |= {"per_device_train_batch_size": GLOBAL_BATCH // 2, "save_steps": case.middle}
     if not case.ways:
         given["save_strategy"] = "no"
     info = get("trainer", case.trainer)
