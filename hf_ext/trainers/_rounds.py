@@ -254,8 +254,8 @@ class RoundsTrainer(ShardedRounds, DPOTrainer):
             raise ValueError(
                 "ref_model must be left out with reference='round_start': it is the policy itself"
             )
-        if at_start:
-            args.precompute_ref_log_probs = True  # TRL then keeps no reference model
+        # Each round computes its reference ahead in any case. TRL keeps a reference model, or none, by this.
+        args.precompute_ref_log_probs = at_start
         self._kept_optimizer: dict[str, Tensor] | None = None
         self._initial: dict[str, Tensor] | None = None  # the policy that `train` was first called with
         self._round_start: dict[str, Tensor] | None = None
