@@ -36,8 +36,10 @@ class After(TrainerCallback):
     def __init__(self, callback: Callback, *names: str) -> None:
         self.callback, self.names = callback, names
         self.seen: list[list[Any]] = []
+        self.rates: list[float] = []
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
         values = [getattr(self.callback, name) for name in self.names]
         self.seen.append([_copied(value) for value in values])
 
@@ -56,6 +58,7 @@ def run(folder: Path, callback: Callback, *names: str, **options: Any) -> tuple[
     trainer.add_callback(after)
     trainer.train()
     assert len(after.seen) == trainer.state.global_step
+    assert after.rates == logged(trainer, "learning_rate")
     return trainer, after.seen
 
 
