@@ -256,7 +256,7 @@ class ContinualEMACallback(AveragedWeightsCallback):
             if size > _SMALL and x.is_cpu:
                 sums[index] = self._in_blocks(x, None if ys is None else ys[index])
                 continue
-            if size > room:
+            if not parts or size > room:
                 parts.append([])
                 room = _TOGETHER
             room -= size

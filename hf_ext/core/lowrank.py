@@ -52,7 +52,7 @@ def truncated_svd(
 
     Signs are fixed (the entry of largest magnitude in each left vector is positive), so the result depends on
     its arguments alone. Whatever the quality of the approximation, u is orthonormal and u^T W = diag(s) vh to
-    rounding.
+    rounding. The space is that of W^T W in fp32: values below some 1e-4 of the largest are found less well.
 
     Args:
         weight: (m, n), any floating dtype; computed in fp32 on its device.
@@ -85,17 +85,25 @@ def truncated_svd(
     # same products, a larger one makes them faster.
     steps = n_iter + 1
     block = -(-(r + extra) // min(3, steps))
-    if driver == "exact" or limit <= steps * block or (driver == "auto" and limit <= 2 * steps * block):
-        _check_finite(matrix.sum(), matrix, name)
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        drawn = torch.randn(n, block, generator=seeded(seed, name)).to(matrix.device)
-        start = torch.linalg.qr(drawn).Q.T
-        image = rows_times_transposed(start, matrix)
-        _check_finite(image, matrix, name)
-        u, s, vh = _block_lanczos(matrix, start, image, r, steps)
+    with torch.autocast(matrix.device.type, enabled=False):
+        if driver == "exact" or limit <= steps * block or (driver == "auto" and limit <= 2 * steps * block):
+            _check_finite(matrix.sum(), matrix, name)
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        else:
+            drawn = torch.randn(n, block, generator=seeded(seed, name), dtype=torch.float32)
+            start = torch.linalg.qr(drawn.to(matrix.device)).Q.T
+            image = rows_times_transposed(start, matrix)
+            _check_finite(image, matrix, name)
+            factor = 1.0
+            if not 1e-15 < float(image.abs().max()) < 1e15:
+                # Their squares would leave fp32.
+                factor = float(matrix.abs().max()) or 1.0
+                matrix = matrix / factor
+                image = rows_times_transposed(start, matrix)
+            u, s, vh = _block_lanczos(matrix, start, image, r, steps)
+            s = s * factor
     u, s, vh = u[:, :r], s[:r], vh[:r]
-    sign = torch.where(u.gather(0, u.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0)  # (1, r)
+    sign = 1.0 - 2.0 * (u.gather(0, u.abs().argmax(dim=0, keepdim=True)) < 0).to(u)  # (1, r)
     return TruncatedSVD((u * sign).contiguous(), s.clone(), (vh * sign.T).contiguous())
 
 
@@ -125,21 +133,17 @@ def _block_lanczos(
     size = steps * block
     right, image = matrix.new_empty(size, n), matrix.new_empty(size, m)  # V, V W^T
     squares = matrix.new_zeros(size, size)  # the lower half of V W^T W V^T
-    length = float(first.abs().max())
-    unit = (
-        1.0 / length if length > 0.0 else 1.0
-    )  # so that squares of large or small matrices stay within fp32
-    right[:block], image[:block] = start, first * unit
+    right[:block], image[:block] = start, first
     scale = 0.0
     for step in range(steps):
         known = (step + 1) * block
         now, near = slice(step * block, known), slice(max(0, step - 1) * block, known)
         if step > 0:
-            image[now] = rows_times_transposed(right[now], matrix).mul_(unit)
+            image[now] = rows_times_transposed(right[now], matrix)
         if known == size:
             squares[now, near] = rows_times_transposed(image[now], image[near])
             break
-        back = rows_times_transposed(image[now], matrix.T).mul_(unit)  # (block, n)
+        back = rows_times_transposed(image[now], matrix.T)  # (block, n)
         along = rows_times_transposed(back, right[near])
         squares[now, near] = along
         rest = back - rows_times_transposed(along, right[near].T)

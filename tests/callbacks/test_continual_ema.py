@@ -527,7 +527,7 @@ def test_a_best_checkpoint_that_raw_weights_have_chosen_is_refused(tmp_path: Pat
         resume_for_the_best_average(tmp_path, raw)
 
 
-SIZES = ((12, 3), (40_000, 200), (0, 5), (300_001, 1), (40_000, 200), (7, 7))
+SIZES = ((0, 5), (12, 3), (40_000, 200), (0, 7), (300_001, 1), (40_000, 200), (7, 7))
 
 
 def test_sums_do_not_depend_on_torch_s_defaults() -> None:

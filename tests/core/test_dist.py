@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -24,12 +26,14 @@ def test_collectives_return_the_very_tensor_unchanged() -> None:
     assert dist.same_on_all_ranks(tensor)
 
 
-def test_a_group_is_left_and_its_threads_get_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_is_left_and_its_threads_get_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr(dist.time, "sleep", waits.append)
     dist.leave_group()
     assert waits == []  # there is none
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
     dist.leave_group()
     assert not torch.distributed.is_initialized()
     assert waits == [dist.GRACE]

@@ -83,13 +83,28 @@ def test_a_sketch_gives_the_best_of_all_that_it_holds() -> None:
     assert float(error) < 1.02 * float(torch.linalg.norm(spectrum[16:]))  # 1.5 for the best 16 of its rows
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("size", [1e-37, 1e-25, 1e25, 1e37])
 def test_squares_of_small_and_large_matrices_stay_within_fp32(size: float) -> None:
     weight = decaying(256, 200)
     found = truncated_svd(size * weight, 8, driver="krylov")
-    torch.testing.assert_close(
-        found.s / size, truncated_svd(weight, 8, driver="exact").s, rtol=1e-5, atol=0.0
-    )
+    exact = truncated_svd(weight, 8, driver="exact")
+    torch.testing.assert_close(found.s.double() / size, exact.s.double(), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("driver", ["exact", "krylov"])
+def test_torch_s_defaults_and_autocast_change_nothing(driver: str) -> None:
+    weight = decaying(120, 100)
+    wanted = truncated_svd(weight, 5, driver=driver)
+    for default in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            found = truncated_svd(weight, 5, driver=driver)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(getattr(found, part), getattr(wanted, part)) for part in ("u", "s", "vh"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = truncated_svd(weight, 5, driver=driver)
+    assert all(torch.equal(getattr(found, part), getattr(wanted, part)) for part in ("u", "s", "vh"))
 
 
 def test_more_steps_come_closer() -> None:
