@@ -1,14 +1,15 @@
 """Time of a training step with each callback, as a ratio to the Trainer without one.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 20] [--blocks 6] [--warm-up 5]
-     [--only NAME ...] [--out docs/assets/callback_step.json]
+     [--only NAME ...] [--profile-only] [--profiled 40] [--out docs/assets/callback_step.json]
 
 The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread; all weights are trained, or, in
-the arms whose names end in ", LoRA", a LoRA of PEFT alone (r = 16, all linear layers). Each callback takes
+the arms whose names end in ", LoRA", a LoRA of PEFT alone (r = 16, all linear layers), and in those that end
+in ", LoRA, 110 M", that of a random Llama of 110 M parameters (`training_step.py`). Each callback takes
 turns with a run of the same weights without one within one process, a step each (`_pairing.py`); the arms
 "plain" are two runs without one, and show what the measurement itself can tell apart. Beside it stands what
 the ratio would be if the callback cost nothing but the time in its own functions, from a profile
-(`_inside.py`). With `--only` the file of `--out` keeps its other rows.
+(`_inside.py`); with `--profile-only` that alone. With `--only` the file of `--out` keeps its other rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from _inside import Profile
 from _lab import embedded_model, fit, functions, save_json, table
 from _pairing import COLUMNS, HEADS, compared, decides, in_turns
 from peft import LoraConfig, get_peft_model
+from training_step import build
 from transformers import TrainerCallback
 
 import hf_ext
@@ -35,8 +37,7 @@ BAR = 1.005
 PLAIN = "plain"
 # Ends the names of arms that train an adapter.
 LORA = ", LoRA"
-# A test of the adaptive batch size comes in ten updates at the least often.
-PROFILED = 40
+LARGE = ", LoRA, 110 M"
 ARMS: dict[str, Any] = {
     PLAIN: list,
     "infinite_lr": lambda: [callbacks.InfiniteLRCallback()],
@@ -52,6 +53,9 @@ ARMS: dict[str, Any] = {
     PLAIN + LORA: list,
     "adaptive_batch_size, a test in every update" + LORA: lambda: [_adaptive(1)],
     "continual_ema" + LORA: lambda: [callbacks.ContinualEMACallback()],
+    PLAIN + LARGE: list,
+    "adaptive_batch_size, a test in every update" + LARGE: lambda: [_adaptive(1)],
+    "continual_ema" + LARGE: lambda: [callbacks.ContinualEMACallback()],
 }
 
 
@@ -61,6 +65,8 @@ def _adaptive(interval: int) -> Any:
 
 
 def _model(arm: str) -> Any:
+    if arm.endswith(LARGE):
+        return build("llama-100m", "lora", 16)
     if not arm.endswith(LORA):
         return None
     settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -89,10 +95,10 @@ def training(arm: str, folder: Path) -> Callable[[TrainerCallback, int], Any]:
     return train
 
 
-def inside(arm: str, folder: Path, warm_up: int) -> float:
+def inside(arm: str, folder: Path, warm_up: int, steps: int) -> float:
     """Return 1 / (1 - s) for the share s of a step's processor time in the callback's own functions."""
-    profile = Profile(warm_up, PROFILED)
-    training(arm, folder)(profile, warm_up + PROFILED + 1)
+    profile = Profile(warm_up, steps)
+    training(arm, folder)(profile, warm_up + steps + 1)
     package = Path(hf_ext.__file__).parent
     return 1.0 / (1.0 - profile.share([package / "callbacks", package / "_compat", package / "core"]))
 
@@ -106,6 +112,13 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="measure the arms whose names begin so; several times"
     )
+    parser.add_argument("--profile-only", action="store_true", help="do not pair steps")
+    parser.add_argument(
+        "--profiled",
+        type=int,
+        default=40,
+        help="steps of a profile, 10 or more: a test can be in each tenth",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -115,16 +128,22 @@ def main() -> None:
         results = json.loads(options.out.read_text(encoding="utf-8"))["callbacks"]
     for arm in (name for name in ARMS if name.startswith(starts)):
         with tempfile.TemporaryDirectory() as folder:
-            baseline = PLAIN + LORA if arm.endswith(LORA) else PLAIN
-            plain, other = (training(which, Path(folder)) for which in (baseline, arm))
-            figures = compared(in_turns(plain, other, options.pairs, options.warm_up, options.blocks))
-            figures["inside"] = inside(arm, Path(folder), options.warm_up)
-        results[arm] = {**figures, "bar": BAR, "is": decides(figures, BAR)}
+            figures: dict[str, Any] = {}
+            if not options.profile_only:
+                ending = next((end for end in (LARGE, LORA) if arm.endswith(end)), "")
+                plain, other = (training(which, Path(folder)) for which in (PLAIN + ending, arm))
+                figures = compared(in_turns(plain, other, options.pairs, options.warm_up, options.blocks))
+                figures |= {"bar": BAR, "is": decides(figures, BAR)}
+            figures["inside"] = inside(arm, Path(folder), options.warm_up, options.profiled)
+        results[arm] = figures
         shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in results[arm].items()}
         print(arm, shown, flush=True)
     columns = (*COLUMNS, "inside")
     measured = {arm: row for arm, row in results.items() if arm.startswith(starts)}
-    rows = [[arm, *(f"{row[key]:.4f}" for key in columns), row["is"]] for arm, row in measured.items()]
+    rows = [
+        [arm, *(f"{row[key]:.4f}" if key in row else "" for key in columns), row.get("is", "")]
+        for arm, row in measured.items()
+    ]
     print(table(rows, ["callback", *HEADS, "by its own functions", f"{BAR}"]))
     if options.out:
         save_json(options.out, {"callbacks": results})

@@ -68,6 +68,10 @@ class MethodTrainer:
     model: Any
     accelerator: Any
     state: Any
+    model_wrapped: Any
+    is_in_train: bool
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     _metrics: dict[str, dict[str, list[float]]]
 
     # State ----------------------------------------------------------------------------------------
@@ -103,6 +107,18 @@ class MethodTrainer:
                 "short while it was written, or is another trainer's; take an older checkpoint"
             ) from error
         self.load_state_dict({**scalars, **tensors})
+
+    # Evaluation -----------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the parent does; a model that has not trained stays one that DDP has yet to wrap."""
+        output = super().evaluation_loop(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        bare = self.model_wrapped is self.model and not self.is_in_train
+        if bare and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Accelerate takes what it prepared for evaluation alone to be ready for training too: each
+            # process would train a model of its own, without a word.
+            self.model._is_accelerate_prepared = False
+        return output
 
     # Metrics --------------------------------------------------------------------------------------
 

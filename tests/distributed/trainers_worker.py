@@ -40,6 +40,9 @@ GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
 ADAPTERS = {"apo": ("lora", "loldu")}
 
 
+EVALUATED_FIRST = ("aligndistil", "self_distillation", "unlearning")
+
+
 @dataclass(frozen=True)
 class Case:
     """A trainer, the type of its adapter if it has one, and settings other than its test settings."""
@@ -96,6 +99,8 @@ def run(folder: Path, case: Case, mode: str, *, resume: bool = False) -> dict[st
     data = columns(rows(16), target.inputs.columns[0])
     config = None if case.adapter is None else adapter(case.adapter)
     trainer = build(info, folder, data=data, peft_config=config, settings=case.settings, **options)
+    if mode == "ddp" and info.name in EVALUATED_FIRST and not resume:
+        trainer.evaluate()  # Accelerate would then leave DDP out
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.accelerator.num_processes == (1 if mode == "accumulated" else 2)
     model = trainer.accelerator.unwrap_model(trainer.model)
