@@ -117,12 +117,17 @@ class ShardedRounds(MethodTrainer):
         return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as Trainer does, which for DeepSpeed needs an engine that trains; without it too."""
-        if not self.is_deepspeed_enabled or trains(self.model_wrapped):
+        """Save the model as Trainer does, under DeepSpeed also without an engine that trains.
+
+        With stage 3 always from the parameters: Trainer may write what the engine's optimizer trains instead,
+        which after a round is the point that was trained, and not the policy.
+        """
+        split = zero_stage(self) == 3
+        if not self.is_deepspeed_enabled or (trains(self.model_wrapped) and not split):
             super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
             return
         tensors: dict[str, Any] = {}
-        if zero_stage(self) == 3:
+        if split:
             self._shard()
             adapted = isinstance(self.model, PeftModel)
             tensors["state_dict"] = whole_state_dict(self.deepspeed, trained_only=adapted)

@@ -3,6 +3,7 @@
 Usage: torchrun --nproc_per_node 2 -m tests.distributed.deepspeed_worker OUT
 Writes OUT/<trainer>-plain.rank<k>.safetensors with the parameters and the losses of a run without DeepSpeed;
 OUT/<name>-<run>.rank<k>.safetensors with those of a case's runs under it, "whole" and those of `Case.ways`;
+OUT/saved-half<whether in bf16>/saved with a model as it is saved after extrapolation;
 and OUT/refused.json with the errors of what is refused.
 """
 
@@ -172,6 +173,15 @@ def run_in_half_precision(folder: Path, stage: int) -> dict[str, Tensor]:
     return load_file(folder / "round_1" / "policy.safetensors")
 
 
+def save_extrapolated(folder: Path, *, half: bool) -> None:
+    """Train a round of APO with all weights under stage 3, and save the model beside its files."""
+    case = Case("apo", 3, settings={"num_rounds": 1})
+    trainer = make(folder, case, 3, bf16=half, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    trainer.accelerator.free_memory()
+
+
 def main() -> None:
     """Train every case without DeepSpeed and under it, and try what is refused."""
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -188,6 +198,8 @@ def main() -> None:
         keep(trainer, "plain", run(out / f"{trainer}-plain", case, None))
     for stage in (1, 3):
         keep("half", f"stage{stage}", run_in_half_precision(out / f"half{stage}", stage))
+    for half in (False, True):
+        save_extrapolated(out / f"saved-half{half}", half=half)
     for name, case in sorted(CASES.items(), key=lambda item: item[1].stage):
         keep(name, "whole", run(out / name, case, case.stage))
         for way in case.ways:

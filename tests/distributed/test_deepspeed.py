@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.distributed import deepspeed_worker as worker
@@ -85,6 +86,26 @@ def test_policies_in_half_precision_are_whole_between_rounds(stage: int, outputs
     assert not torch.equal(start["lm_head.weight"], start["lm_head.weight"].bfloat16().float())
     assert start.keys() == left.keys()
     assert all(torch.equal(value, left[name]) for name, value in start.items())
+
+
+@pytest.mark.parametrize("case", [name for name, case in worker.CASES.items() if case.trainer == "apo"])
+def test_a_saved_adapter_is_that_of_the_run(case: str, outputs: Path) -> None:
+    trained = result(outputs, case, "whole")
+    saved = load_file(outputs / case / "saved" / "adapter_model.safetensors")
+    assert saved
+    assert all(torch.equal(v, trained[k.replace(".weight", ".default.weight")]) for k, v in saved.items())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_saved_model_is_the_extrapolated_policy(half: bool, outputs: Path) -> None:
+    folder = outputs / f"saved-half{half}"
+    saved = load_file(folder / "saved" / "model.safetensors")
+    hat, policy = (load_file(folder / "round_0" / f"{name}.safetensors") for name in ("hat", "policy"))
+    assert saved.keys() == policy.keys()
+    for name, value in saved.items():
+        assert value.dtype == (torch.bfloat16 if half else torch.float32)
+        assert torch.equal(value, policy[name].to(value.dtype))
+    assert not torch.equal(saved["lm_head.weight"], hat["lm_head.weight"].to(saved["lm_head.weight"].dtype))
 
 
 @pytest.mark.parametrize("name", worker.REFUSED)
