@@ -41,9 +41,10 @@ from ._injection import (
     refuse_sharded_merge,
     register_tuner,
 )
-from ._layouts import LINEAR, layout_of, refuse_shared, refuse_tensor_parallel
+from ._layouts import LINEAR, layout_of, refuse_tensor_parallel
 from ._merging import KeepsOriginal
 from ._mixed_batch import RowNames
+from ._shared_weights import KeepsShared
 
 T = TypeVar("T")
 LayerT = TypeVar("LayerT", bound="type[AdapterLinear]")
@@ -119,6 +120,11 @@ class AdapterConfig(PeftConfig):
                     "None when target_modules is a regular expression or a shorthand",
                 )
         self.validate()
+
+    @property
+    def writes_base(self) -> bool:
+        """Whether an injection writes into the base weights."""
+        return False
 
     def validate(self) -> None:
         """Check the method's own fields; called at construction, before any model is touched."""
@@ -326,8 +332,6 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         self.adapter_dropout[name] = nn.Dropout(config.dropout) if config.dropout > 0.0 else nn.Identity()
         for attribute in self.tensor_names:
             value = torch.zeros(shapes[attribute]) if values is None else values[attribute]
-            if attribute in self.inner_names and values is not None:
-                value = self.layout.trainable(value)
             self.set_tensor(attribute, name, self.stored(attribute, value).to(device))
         if values is not None:
             self.after_change()
@@ -338,8 +342,9 @@ class AdapterLinear(HasBiases, KeepsOriginal, nn.Module, BaseTunerLayer):
         getattr(self, attribute)[name] = nn.Parameter(value.detach(), requires_grad=trained)
 
     def stored(self, attribute: str, matrix: Tensor) -> Tensor:
-        """Return a matrix as the tensor of that name is kept, contiguous."""
-        return self.layout.stored(matrix, attribute in self.inner_names).contiguous()
+        """Return a matrix as the tensor of that name is kept, contiguous; zeros where nothing is trained."""
+        inner = attribute in self.inner_names
+        return self.layout.stored(self.layout.trainable(matrix) if inner else matrix, inner).contiguous()
 
     def plain(self, attribute: str, stored: Tensor) -> Tensor:
         """Return the matrix of a tensor that is kept under that name."""
@@ -566,7 +571,7 @@ def _creates_meta() -> bool:
     return probe.p.is_meta
 
 
-class AdapterModel(TrainsBiases):
+class AdapterModel(KeepsShared, TrainsBiases):
     """PEFT tuner of every adapter here; `register_adapter` makes one subclass for each method."""
 
     prefix: str
@@ -591,6 +596,8 @@ class AdapterModel(TrainsBiases):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self.check_names(adapter_names)
+        if merge:
+            self.check_merged_weights(adapter_names)
         if merge and safe_merge:  # all layers or none: a half-unloaded model is no use
             self._check_merges(adapter_names)
         return cast(
@@ -618,8 +625,7 @@ class AdapterModel(TrainsBiases):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not isinstance(target, AdapterLinear):
-            refuse_shared(self.model, self.get_model_config(self.model), target, current_key)
+        self.check_weight(target, current_key, writes=peft_config.writes_base)
         if isinstance(target, self.tuner_layer_cls):
             self._undo.append(lambda: target.delete_adapter(adapter_name))
             target.add_adapter(adapter_name, peft_config)

@@ -17,7 +17,7 @@ every matrix is transposed: A (num_embeddings, r), B (r, embedding_dim).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,6 @@ __all__ = [
     "EmbeddingLayout",
     "Layout",
     "layout_of",
-    "refuse_shared",
     "refuse_tensor_parallel",
 ]
 
@@ -225,7 +224,7 @@ class EmbeddingLayout(Layout):
     def trainable(self, matrix: Tensor) -> Tensor:
         """Return the matrix with zeros in the column of the padding token."""
         padding = self.core.padding_idx
-        if padding is None or not bool(matrix[:, padding].any()):
+        if padding is None or matrix.is_meta or not bool(matrix[:, padding].any()):
             return matrix
         matrix = matrix.clone()
         matrix[:, padding] = 0.0
@@ -300,8 +299,8 @@ def layout_of(
         raise TypeError(
             f"{module}: layers of type {type(core).__name__} cannot be adapted; supported are {supported}"
         )
-    plain = type(core).forward is base.forward or (found is EmbeddingLayout and _is_scaled(core))
-    if not plain or getattr(type(core), "_conv_forward", None) is not getattr(base, "_conv_forward", None):
+    known = type(core).forward is base.forward or (base is nn.Embedding and _is_scaled(core))
+    if not known or getattr(type(core), "_conv_forward", None) is not getattr(base, "_conv_forward", None):
         raise TypeError(
             f"{module}: layers of type {type(core).__name__} cannot be adapted: they compute something else "
             f"than {base.__name__} does"
@@ -321,9 +320,36 @@ def layout_of(
     return found(core)
 
 
+class _Scaled(nn.Embedding):
+    embed_scale: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class _ScaledInWeightDtype(_Scaled):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
 def _is_scaled(core: nn.Module) -> bool:
+    """Return whether an embedding's one forward of its own is, as code, the product with `embed_scale`."""
     scale = getattr(core, "embed_scale", None)
-    return isinstance(scale, int | float) or (isinstance(scale, Tensor) and scale.numel() == 1)
+    if not (isinstance(scale, int | float) or (isinstance(scale, Tensor) and scale.numel() == 1)):
+        return False
+    classes = type(core).__mro__[: type(core).__mro__.index(nn.Embedding)]
+    own = [cls.__dict__["forward"] for cls in classes if "forward" in cls.__dict__]
+    # A comparison of outputs could miss a token, and there may be no weights yet to compute them with.
+    return [_code(forward) for forward in own] in (
+        [_code(_Scaled.forward)],
+        [_code(_ScaledInWeightDtype.forward)],
+    )
+
+
+def _code(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
+    """Return the instructions of a function without constants, whatever it names its arguments."""
+    code = getattr(function, "__code__", None)
+    return None if code is None else (code.co_code, code.co_names)
 
 
 def refuse_tensor_parallel(core: nn.Module, module: str) -> None:
@@ -339,32 +365,3 @@ def refuse_tensor_parallel(core: nn.Module, module: str) -> None:
         raise ValueError(
             f"{module}: tensor-parallel layers cannot be adapted; load the model without a tp_plan"
         )
-
-
-def refuse_shared(model: nn.Module, settings: Mapping[str, Any], target: nn.Module, module: str) -> None:
-    """Refuse a layer whose weight is the input embedding's, or, for embeddings and convolutions, any other's.
-
-    Args:
-        model: The model.
-        settings: Those of its config.
-        target: The layer.
-        module: Its path.
-
-    Raises:
-        ValueError: A change of its weight would be one of another layer.
-    """
-    weight = getattr(target, "weight", None)
-    if weight is None:
-        return
-    if settings.get("tie_word_embeddings") and hasattr(model, "get_input_embeddings"):
-        embedding = cast(Any, model).get_input_embeddings()
-        if embedding is not None and getattr(embedding, "weight", None) is weight:
-            raise ValueError(
-                f"target_modules: {module} shares its weight with the input embedding (tie_word_embeddings); "
-                "load the model with tie_word_embeddings=False to adapt it"
-            )
-    if isinstance(target, nn.Embedding | nn.modules.conv._ConvNd):
-        parameters = model.named_parameters(remove_duplicate=False)
-        others = [key for key, parameter in parameters if parameter is weight and key != f"{module}.weight"]
-        rule = f"layers with a weight of their own: {module}.weight is {', '.join(others[:2])} too"
-        check(not others, "target_modules", module, rule)

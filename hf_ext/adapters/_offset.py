@@ -45,6 +45,11 @@ class OffsetConfig(ScaledConfig):
 
     untouched_mode: ClassVar[str] = "projected"
 
+    @property
+    def writes_base(self) -> bool:
+        """Whether an injection writes into the base weights."""
+        return self.base_mode == "residual"
+
     def validate(self) -> None:
         """Check the mode."""
         super().validate()

@@ -111,6 +111,7 @@ def test_embeddings_and_convolutions_without_a_saved_basis(tmp_path: Path) -> No
     for low_cpu_mem_usage in (False, True):
         loaded = PeftModel.from_pretrained(Mixed(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         torch.testing.assert_close(logits(loaded), logits(adapted), atol=1e-6, rtol=1e-5)  # to rounding
+        assert not loaded.base_model.model.embed.pissa_C["default"][7].any()  # the padding token's
     for path in ("embed", "space"):
         other = Mixed()
         other.get_submodule(path).weight.data[3] += 0.1

@@ -12,13 +12,16 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
-from hf_ext.adapters import export_to_lora
+from hf_ext.adapters import LoraGaConfig, PissaConfig, export_to_lora
 from hf_ext.adapters._layouts import KINDS as KINDS_OF_LAYERS
 from hf_ext.adapters._layouts import layout_of
 from hf_ext.core.registry import MethodInfo
-from tests.adapters.models import Mixed
+from tests.adapters.models import Mixed, Output
 from tests.contracts.test_adapters import (
     IDS,
     adapt,
@@ -187,6 +190,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: BartScaledWordEmbedding(12, 6, 1, embed_scale=3.0),
         torch.tensor([[3, 7, 3], [1, 11, 5]]),
     ),
+    "scaled_by_buffer": (
+        lambda: Gemma3TextScaledWordEmbedding(12, 6, 1, embed_scale=3.0),
+        torch.tensor([[3, 7, 3], [1, 11, 5]]),
+    ),
 }
 
 
@@ -239,6 +246,18 @@ def test_padding_tokens_keep_their_row() -> None:
         for kept in (True, False):
             row = adapted.base_model.model.embed(torch.tensor([7 if kept else 14]))
             assert torch.allclose(row, Mixed().embed.weight[7 if kept else 14], atol=1e-6) == kept
+        layer = layers_of(adapted)[0]
+        assert not any(getattr(layer, name)["default"][7].any() for name in layer.inner_names)
+
+
+def test_padding_tokens_keep_their_row_where_no_gradient_reached_the_embedding() -> None:
+    model = Mixed()
+    model.unused = nn.Embedding(12, 16, padding_idx=3)
+    config = LoraGaConfig(r=2, target_modules=["embed", "unused"])
+    with pytest.warns(UserWarning, match="no gradient reached unused"):
+        adapted = adapt(model, config)
+    factor = next(layer for layer in layers_of(adapted) if layer.module_name == "unused").loraga_A["default"]
+    assert torch.equal(factor.any(1), torch.arange(12) != 3)
 
 
 @pytest.mark.parametrize("info", OURS)
@@ -303,6 +322,11 @@ def test_base_that_peft_saves_beside_an_embedding(info: MethodInfo, tiny_llama: 
 # Bad input ------------------------------------------------------------------------------------------
 
 
+class TwiceScaled(BartScaledWordEmbedding):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
 class OwnConvolution(nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + 1.0
@@ -320,6 +344,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: BartLearnedPositionalEmbedding(12, 6),
         "layer: .*BartLearnedPositional.*something else",
     ),
+    "one_token": (
+        lambda: T5Gemma2TextScaledWordEmbedding(12, 6, 1, embed_scale=3.0, eoi_token_index=11),
+        "layer: .*T5Gemma2TextScaled.* something else than Embedding",
+    ),
+    "twice": (lambda: TwiceScaled(12, 6, 1, embed_scale=3.0), "layer: .*TwiceScaled.*something else"),
     "own": (lambda: OwnConvolution(3, 9, 3), "layer: .*OwnConvolution.* something else than Conv1d"),
     "computed": (computed_weight, "layer: (a weight that is computed|.*something else)"),
     "transposed": (lambda: nn.ConvTranspose1d(3, 9, 3), "layer: .*ConvTranspose1d.*supported are .*Conv3d"),
@@ -353,10 +382,88 @@ def test_shared_weights_are_refused(info: MethodInfo, tiny_llama: Any) -> None:
     model = Mixed()
     model.other = nn.Embedding(256, 16)
     model.other.weight = model.embed.weight
-    with pytest.raises(ValueError, match=r"target_modules must be .*embed\.weight is other\.weight too"):
+    with pytest.raises(ValueError, match=r"target_modules: embed\.weight is other\.weight too"):
         get_peft_model(model, mixed(info))
     assert type(model.embed) is nn.Embedding
     assert type(model.head) is nn.Linear
+
+
+class Shared(nn.Module):
+    """An embedding, and a head with its weight; a third layer, in one place of a block with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(256, 64)
+        self.block = self.same = nn.Sequential(nn.Linear(64, 64))
+        self.head = nn.Linear(64, 256, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+        logits = self.head(self.block(self.embed(input_ids)))
+        return Output(logits, None if labels is None else logits.square().mean())
+
+
+@pytest.mark.parametrize("info", methods("adapter", lacks={"peft_lora"}))
+@pytest.mark.filterwarnings("error:.*.weight is:UserWarning")
+def test_linear_layers_with_a_shared_weight(info: MethodInfo) -> None:
+    def own(names: list[str], **overrides: Any) -> Any:
+        return settings(info, target_modules=names, task_type=None, **overrides)
+
+    model = Shared()
+    weight = model.embed.weight.clone()
+    if info.config(**info.test_kwargs).writes_base:  # type: ignore[misc]
+        with pytest.raises(ValueError, match=r"target_modules: head\.weight is embed\.weight too"):
+            get_peft_model(model, own(["head", "0"]))
+        assert type(model.head) is type(model.block[0]) is nn.Linear
+    else:
+        with pytest.warns(UserWarning, match=r"head\.weight is embed\.weight too.* merge is refused"):
+            adapted = adapt(model, own(["head", "block.0"]))
+        train(adapted)
+        expected = logits(adapted)
+        for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+            with pytest.raises(ValueError, match=r"a merge: .*head\.weight is .*embed\.weight too"):
+                merge()
+            assert torch.equal(logits(adapted), expected)
+        if info.name == "pissa":
+            with pytest.raises(ValueError, match=r"target_modules: .*head\.weight is .*embed\.weight too"):
+                adapted.add_adapter("second", own(["head"], base_mode="residual"))
+        layer = adapted.base_model.model.head.base_layer
+        layer.weight = nn.Parameter(layer.weight.clone())
+        adapted.merge_adapter()
+        torch.testing.assert_close(logits(adapted), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.embed.weight, weight)
+    alone = adapt(Shared(), own(["block.0"]))  # two names of one parent are one place
+    alone.merge_adapter()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_linear_layers_in_two_places_are_refused(twice: bool) -> None:
+    model = Shared()
+    layer = model.block[0]
+    model.block = nn.Sequential(layer, layer) if twice else model.block
+    config = PissaConfig(r=2, target_modules=["0"], base_mode="residual")
+    if twice:
+        with pytest.raises(ValueError, match=r"target_modules: block\.0\.weight is block\.1\.weight"):
+            get_peft_model(model, config)
+    else:
+        get_peft_model(model, config)
+
+
+def test_models_that_are_tied_whatever_their_config_was_given() -> None:
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=False))
+    names = ["shared", "lm_head"]
+    for name in names:
+        with pytest.raises(
+            ValueError, match=rf"{name} shares .* give each layer a weight of its own and set"
+        ):
+            get_peft_model(model, PissaConfig(r=2, target_modules=[name]))
+    for layer in (model.shared, model.lm_head):
+        layer.weight = nn.Parameter(layer.weight.clone())
+    model.config.tie_word_embeddings = False
+    adapted = get_peft_model(model, PissaConfig(r=2, target_modules=names))
+    assert [layer.module_name for layer in layers_of(adapted)] == names
 
 
 @pytest.mark.parametrize("info", OURS)
