@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .._compat.deepspeed import gathered, whole_shape
+from .._compat.deepspeed import is_split, whole_shape
 from ..adapters._data_start import awaits_data
 from ..core import dist
 from ..core.checks import check
@@ -94,18 +94,15 @@ class WholeLayers:
 
     def __init__(self, model: PeftModel) -> None:
         self.model: PeftModel | None = None
-        with gathered(tensor for _, tensor in _tensors(model)):
-            self._take(model)
-
-    def _take(self, model: PeftModel) -> None:
         if dist.is_main():
-            kept = {id(tensor) for _, tensor in _tensors(model)}
-            left_out = {
-                id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=False)
-                for p in model.parameters()
-                if id(p) not in kept
-            }
-            self.model = cast(PeftModel, copy.deepcopy(model, left_out).cpu())  # type: ignore[arg-type]
+            self.model = _without_values(model)
+        own = {} if self.model is None else dict(_tensors(self.model))
+        for name, tensor in _tensors(model):
+            # Other processes may have nothing but placeholders for what is not split.
+            split = is_split(tensor)
+            whole = whole_tensor(own_part(tensor), tensor) if split else tensor.detach()
+            if own:
+                own[name].data.copy_(whole)
 
     def read(self, model: PeftModel) -> None:
         """Take the layers' tensors from the sharded model (a collective)."""
@@ -141,6 +138,18 @@ class WholeLayers:
         self.read(model)
         self.apply(lambda whole: fresh_adapter(whole, seed))
         self.write(model)
+
+
+def _without_values(model: PeftModel) -> PeftModel:
+    """Return a copy in main memory with empty parameters, of their shape in the adapted layers alone."""
+    kept = {id(tensor): tensor for _, tensor in _tensors(model)}
+    put: dict[int, Any] = {}
+    for key, tensor in ({id(p): p for p in model.parameters()} | kept).items():
+        shape = whole_shape(tensor) if key in kept else (0,)
+        empty = torch.empty(shape, dtype=tensor.dtype, device="cpu")
+        trains = key in kept and tensor.requires_grad
+        put[key] = nn.Parameter(empty, requires_grad=trains) if isinstance(tensor, nn.Parameter) else empty
+    return cast(PeftModel, copy.deepcopy(model, put).cpu())
 
 
 def _tensors(model: PeftModel) -> Iterator[tuple[str, Tensor]]:

@@ -12,8 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .._compat import deepspeed
+from ..core import dist
 from ..core.checks import check
-from ..core.dist import full_tensor
+from ._base import zero_stage
 
 
 class HeldWeights:
@@ -65,15 +66,9 @@ class HeldWeights:
         Raises:
             ValueError: The names or shapes are not those of the tensors that train.
         """
-        shapes = {name: deepspeed.whole_shape(self._split.get(name, x)) for name, x in self.tensors.items()}
-        wanted = {name: tuple(shape) for name, shape in shapes.items()}
-        found = {name: tuple(value.shape) for name, value in tensors.items()}
-        if wanted != found:
-            names = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
-            raise ValueError(
-                f"{self.field}: the saved tensors are not those that train; they differ in "
-                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            )
+        check_tensors(
+            tensors, {name: self._split.get(name, x) for name, x in self.tensors.items()}, self.field
+        )
         for name, value in tensors.items():
             held = self.tensors[name]
             if name in self._split:
@@ -83,17 +78,29 @@ class HeldWeights:
             held.copy_(value)
 
     def whole(self) -> dict[str, Tensor]:
-        """Return the copy with its shards or parts gathered (a collective)."""
-        return {
-            name: deepspeed.whole_of_parts(value, self._split[name])
-            if name in self._split
-            else full_tensor(value)
-            for name, value in self.tensors.items()
-        }
+        """Return the copy whole, on the CPU, for the first process to write; the others have none of it.
+
+        Where it is sharded or split this is a collective, of one tensor at a time.
+        """
+        found: dict[str, Tensor] = {}
+        for name in self.tensors:
+            whole = self._whole(name)
+            if dist.is_main():
+                found[name] = whole.cpu()
+        return found
+
+    def _whole(self, name: str) -> Tensor:
+        """Return one tensor with its shards or parts gathered (a collective)."""
+        value = self.tensors[name]
+        if name in self._split:
+            return deepspeed.whole_of_parts(value, self._split[name])
+        if isinstance(value, DTensor):  # shards kept elsewhere are gathered where the mesh is
+            return dist.full_tensor(value.to(value.device_mesh.device_type))
+        return value
 
     def fingerprint(self) -> float:
-        """Return a number that other tensors are most unlikely to have."""
-        return sum(float(value.double().abs().sum()) for value in self.whole().values())
+        """Return a number that other tensors are most unlikely to have (a collective, as `whole`)."""
+        return sum(float(self._whole(name).double().abs().sum()) for name in self.tensors)
 
     @contextlib.contextmanager
     def in_place_of(self, model: nn.Module) -> Generator[None]:
@@ -123,6 +130,22 @@ class HeldWeights:
                 module.training = True
 
 
+def check_tensors(tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor], field: str) -> None:
+    """Raise where whole tensors are not those of the parameters that train.
+
+    Raises:
+        ValueError: Names or shapes differ.
+    """
+    wanted = {name: tuple(deepspeed.whole_shape(value)) for name, value in trained.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != found:
+        names = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+        raise ValueError(
+            f"{field}: the tensors are not those that train; they differ in "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        )
+
+
 def trained_tensors(model: nn.Module, field: str) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by name.
 
@@ -135,6 +158,18 @@ def trained_tensors(model: nn.Module, field: str) -> dict[str, nn.Parameter]:
         rule = "a setting that needs no copy of the weights where FSDP1 shards them"
         check(not hasattr(parameter, "_sharded_size"), field, name, rule)
     return trained
+
+
+def awaits_sharding(trainer: Any, model: nn.Module) -> bool:
+    """Tell whether FSDP2 or ZeRO-3 will shard a model that is whole as yet.
+
+    Args:
+        trainer: The trainer.
+        model: Its model, unwrapped.
+    """
+    if zero_stage(trainer) == 3:
+        return not any(map(deepspeed.is_split, model.parameters()))
+    return trainer.is_fsdp_enabled and not isinstance(model, FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ from ..core.checks import check, check_choice
 from ..core.registry import Variant
 from ._base import Inputs, MethodTrainer, Neutral, check_parts, register_trainer
 from ._reference import model_inputs
-from ._snapshots import HeldWeights, TopKCache
+from ._snapshots import HeldWeights, TopKCache, awaits_sharding, check_tensors, trained_tensors
 from ._token_loss import (
     ROW,
     Head,
@@ -62,6 +62,7 @@ __all__ = [
 
 SCHEDULES = ("linear", "constant", "closed_form")
 TEACHERS = ("checkpoint", "cache")
+TEACHER = "teacher='checkpoint'"  # for errors
 RESTS = ("drop", "uniform")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -249,6 +250,7 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
         self._mixing: float | None = None  # alpha by the closed form
         self._held: HeldWeights | None = None
         self._fixed = False  # a teacher that is given, and not refreshed
+        self._given: dict[str, Tensor] | None = None  # that teacher, before the model is sharded
         self._alpha = 0.0
         self._taught: Any = None  # by the teacher, of this micro-batch
         self._previous: TopKCache | None = None
@@ -268,9 +270,17 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
         return args.teacher == "cache"
 
     def train(self, resume_from_checkpoint: Any = None, *positional: Any, **keywords: Any) -> Any:
-        """Train; the closed form's weight is found first, unless a checkpoint has it."""
-        closed = self.args.pskd_schedule == "closed_form"
-        if closed and self._mixing is None and not resume_from_checkpoint:
+        """Train; the closed form's weight is found first, unless a checkpoint has it.
+
+        Of an earlier run of this trainer nothing is left but a fixed teacher (`teach`).
+        """
+        self._refreshes, self._mixing, self._taught = 0, None, None
+        if not self._fixed:
+            self._held = None
+        for cache in (self._previous, self._current):
+            if cache is not None:
+                cache.clear()
+        if self.args.pskd_schedule == "closed_form" and not resume_from_checkpoint:
             self._mixing = 1.0 - fit_two_and_mix(self)
         return super().train(resume_from_checkpoint, *positional, **keywords)
 
@@ -296,19 +306,30 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
         Raises:
             ValueError: Names or shapes are not those of the parameters that train.
         """
-        self._held = self._new_copy()
-        self._held.load(tensors)
+        model = self._unwrapped()
+        check_tensors(tensors, trained_tensors(model, TEACHER), TEACHER)
         self._fixed = True
+        if awaits_sharding(self, model):  # a copy made now would not have the shards that the model will have
+            self._held, self._given = None, {name: x.detach().cpu().clone() for name, x in tensors.items()}
+        else:
+            self._held, self._given = self._new_copy(), None
+            self._held.load(tensors)
+
+    def _lay_out_given(self) -> None:
+        """Keep a fixed teacher as the model is laid out, now that it is."""
+        if self._given is not None:
+            self._held = self._new_copy()
+            self._held.load(self._given)
+            self._given = None
 
     def _new_copy(self) -> HeldWeights:
         dtype = None if self.args.teacher_dtype is None else getattr(torch, self.args.teacher_dtype)
-        return HeldWeights(
-            self._unwrapped(), "teacher='checkpoint'", dtype=dtype, device=self.args.teacher_device
-        )
+        return HeldWeights(self._unwrapped(), TEACHER, dtype=dtype, device=self.args.teacher_device)
 
     def replaces_loss(self) -> bool:
         """Refresh the teacher where that is due, and return whether there is one, or a cache to fill."""
         self._alpha = self.alpha()
+        self._lay_out_given()
         # The share of the run done, and so the same at each micro-batch of an update and after a resume.
         due = int((self.state.epoch or 0.0) / self.args.refresh_epochs + 1e-6)
         if not self._fixed and due > self._refreshes:
@@ -335,7 +356,7 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
             self._held = self._new_copy()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the refreshes so far, the closed form's weight, and the teacher."""
+        """Return the refreshes so far, the closed form's weight, and on the first process the teacher."""
         state: dict[str, Any] = {"refreshes": self._refreshes, "mixing": self._mixing}
         if self._held is not None:
             state |= {f"teacher.{name}": value for name, value in self._held.whole().items()}
@@ -365,6 +386,7 @@ class SelfDistillationTrainer(MethodTrainer, TokenLossTrainer):
             rule,
         )
         if tensors:
+            self._given = None
             self._held = self._new_copy()
             self._held.load(tensors)
         if cached:

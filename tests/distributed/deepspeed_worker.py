@@ -173,6 +173,26 @@ def run_in_half_precision(folder: Path, stage: int) -> dict[str, Tensor]:
     return load_file(folder / "round_1" / "policy.safetensors")
 
 
+def run_taught(folder: Path, stage: int | None) -> dict[str, Tensor]:
+    """Return what self-distillation trains with a teacher given before the model is split, and its losses."""
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    case = Case("self_distillation", 3, settings={"pskd_schedule": "constant"})
+    trainer = make(folder, case, stage, max_steps=2)
+    torch.manual_seed(3)
+    named = trainer.model.named_parameters()
+    trainer.teach({name: p.detach() + 0.3 * torch.randn_like(p) for name, p in named})
+    trainer.train()
+    held = trainer._held.whole()
+    assert all(value.device.type == "cpu" for value in held.values())
+    assert bool(held) == (dist.get_rank() == 0)  # a copy for the file alone
+    with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
+        found = parameters(trainer)
+    losses = [entry["loss"] for entry in training_logs(trainer)]
+    trainer.accelerator.free_memory()
+    return {**found, "log.loss": torch.tensor(losses).double()}
+
+
 def save_extrapolated(folder: Path, *, half: bool) -> None:
     """Train a round of APO with all weights under stage 3, and save the model beside its files."""
     case = Case("apo", 3, settings={"num_rounds": 1})
@@ -198,6 +218,8 @@ def main() -> None:
         keep(trainer, "plain", run(out / f"{trainer}-plain", case, None))
     for stage in (1, 3):
         keep("half", f"stage{stage}", run_in_half_precision(out / f"half{stage}", stage))
+    for label, stage in (("plain", None), ("stage3", 3)):
+        keep("taught", label, run_taught(out / f"taught-{label}", stage))
     for half in (False, True):
         save_extrapolated(out / f"saved-half{half}", half=half)
     for name, case in sorted(CASES.items(), key=lambda item: item[1].stage):

@@ -96,6 +96,13 @@ def test_a_saved_adapter_is_that_of_the_run(case: str, outputs: Path) -> None:
     assert all(torch.equal(v, trained[k.replace(".weight", ".default.weight")]) for k, v in saved.items())
 
 
+def test_a_teacher_given_before_the_model_is_split_is_that_without_deepspeed(outputs: Path) -> None:
+    expected, found = (result(outputs, "taught", run) for run in ("plain", "stage3"))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_a_saved_model_is_the_extrapolated_policy(half: bool, outputs: Path) -> None:
     folder = outputs / f"saved-half{half}"

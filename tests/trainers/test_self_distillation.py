@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from contextlib import nullcontext
@@ -355,6 +356,33 @@ def test_an_adapter_alone_is_copied_trained_and_saved(tmp_path: Path) -> None:
     with trainer.model.disable_adapter(), torch.no_grad():
         ids = torch.arange(5)[None]
         assert torch.equal(trainer.model.eval()(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("form", [{}, {"teacher": "cache", "cache_top_k": 5}])
+def test_a_second_run_begins_without_a_teacher(form: dict[str, Any], tmp_path: Path) -> None:
+    trainer = make(tmp_path, **form, learning_rate=0.1, max_steps=9)
+    trainer.train()
+    again = make(
+        tmp_path / "fresh", **form, learning_rate=0.1, max_steps=9, model=copy.deepcopy(trainer.model)
+    )
+    trainer.train()
+    again.train()
+    assert equal(parameters(trainer), parameters(again))
+    logs, expected = (training_logs(run) for run in (trainer, again))
+    assert [entry["loss"] for entry in logs] == [entry["loss"] for entry in expected]
+    assert [entry.get("pskd/alpha", 0.0) for entry in logs] == pytest.approx([0.0] * 6 + [0.8] * 3)
+
+
+def test_a_given_teacher_is_kept_over_runs(tmp_path: Path) -> None:
+    trainer = make(tmp_path, learning_rate=0.1, max_steps=1, pskd_schedule="constant")
+    given = parameters(trainer)
+    with pytest.raises(ValueError, match="lm_head"):
+        trainer.teach({name: value for name, value in given.items() if name != "lm_head.weight"})
+    trainer.teach(given)
+    for _ in range(2):
+        trainer.train()
+        assert equal(trainer._held.tensors, given)
+        assert training_logs(trainer)[-1]["pskd/alpha"] == pytest.approx(0.8)
 
 
 def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
