@@ -77,7 +77,7 @@ class MethodTrainer:
     # State ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return JSON values and tensors by name, of which the first process writes its own; empty for none."""
+        """Return JSON values and tensors by name; empty for none. The first process writes its own."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
