@@ -170,8 +170,10 @@ def _check_shapes(tensors: dict[str, Tensor], layer_class: Any, config: Any, mod
 
     def misfit(given: Mapping[str, Tensor]) -> str | None:
         for name, tensor in given.items():
-            sizes = zip(wanted[name], tensor.shape, strict=False)
-            if tensor.dim() != len(wanted[name]) or any(0 <= want != size for want, size in sizes):
+            sizes = wanted[name]
+            if tensor.dim() != len(sizes):
+                return name
+            if any(0 <= want != size for want, size in zip(sizes, tensor.shape, strict=True)):
                 return name
         return None
 

@@ -29,9 +29,6 @@ class ShardedRounds(MethodTrainer):
     # What Trainer brings.
     callback_handler: Any
     deepspeed: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
-    model_wrapped: Any
     push_to_hub: Any
     _save: Any
 

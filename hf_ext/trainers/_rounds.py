@@ -259,7 +259,7 @@ class RoundsTrainer(ShardedRounds, DPOTrainer):
         self._kept_optimizer: dict[str, Tensor] | None = None
         self._initial: dict[str, Tensor] | None = None  # the policy that `train` was first called with
         self._round_start: dict[str, Tensor] | None = None
-        self._wide: dict[str, Tensor] | None = None  # the policy, where the model holds its rounding alone
+        self._wide = None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *more, **kwargs)
         self._check_sharding()
         if self.is_deepspeed_enabled:  # as given: a round fills in its own number of steps
