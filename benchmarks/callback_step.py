@@ -1,15 +1,17 @@
 """Time of a training step with each callback, as a ratio to the Trainer without one.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/callback_step.py [--pairs 20] [--blocks 6] [--warm-up 5]
-     [--only NAME ...] [--profile-only] [--profiled 40] [--out docs/assets/callback_step.json]
+     [--only NAME ...] [--ending NAME] [--profile-only] [--profiled 40] [--out docs/assets/callback_step.json]
 
 The embedded model with batches of 8 x 128 tokens, AdamW, fp32, one thread; all weights are trained, or, in
 the arms whose names end in ", LoRA", a LoRA of PEFT alone (r = 16, all linear layers), and in those that end
-in ", LoRA, 110 M", that of a random Llama of 110 M parameters (`training_step.py`). Each callback takes
-turns with a run of the same weights without one within one process, a step each (`_pairing.py`); the arms
-"plain" are two runs without one, and show what the measurement itself can tell apart. Beside it stands what
-the ratio would be if the callback cost nothing but the time in its own functions, from a profile
-(`_inside.py`); with `--profile-only` that alone. With `--only` the file of `--out` keeps its other rows.
+in ", LoRA, 110 M", that of a random Llama of 110 M parameters (`training_step.py`). Arms whose names end in
+", 8 x 1024" have batches of so many tokens: TRL's defaults (`per_device_train_batch_size` and `max_length` of
+`SFTConfig`). Each callback takes turns with a run of the same weights without one within one process, a step
+each (`_pairing.py`); the arms "plain" are two runs without one, and show what the measurement itself can tell
+apart. Beside it stands what the ratio would be if the callback cost nothing but the time in its own
+functions, from a profile (`_inside.py`); with `--profile-only` that alone. With `--only` or `--ending` the
+file of `--out` keeps its other rows.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from _inside import Profile
 from _lab import embedded_model, fit, functions, save_json, table
 from _pairing import COLUMNS, HEADS, compared, decides, in_turns
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from training_step import build
 from transformers import TrainerCallback
@@ -38,6 +41,9 @@ PLAIN = "plain"
 # Ends the names of arms that train an adapter.
 LORA = ", LoRA"
 LARGE = ", LoRA, 110 M"
+# Ends the names of arms with batches of TRL's default size.
+LONG = ", 8 x 1024"
+LENGTH = 1024
 ARMS: dict[str, Any] = {
     PLAIN: list,
     "infinite_lr": lambda: [callbacks.InfiniteLRCallback()],
@@ -56,6 +62,12 @@ ARMS: dict[str, Any] = {
     PLAIN + LARGE: list,
     "adaptive_batch_size, a test in every update" + LARGE: lambda: [_adaptive(1)],
     "continual_ema" + LARGE: lambda: [callbacks.ContinualEMACallback()],
+    PLAIN + LONG: list,
+    "refined_linear_decay, recording" + LONG: lambda: [callbacks.RefinedLinearDecayCallback(record=True)],
+    "adaptive_batch_size, a test in every update" + LONG: lambda: [_adaptive(1)],
+    "continual_ema" + LONG: lambda: [callbacks.ContinualEMACallback()],
+    PLAIN + LORA + LONG: list,
+    "continual_ema" + LORA + LONG: lambda: [callbacks.ContinualEMACallback()],
 }
 
 
@@ -64,10 +76,24 @@ def _adaptive(interval: int) -> Any:
     return callbacks.AdaptiveBatchSizeCallback(batch_max=16, eta=1e9, test_interval=interval)
 
 
+def _setting(arm: str) -> str:
+    """Return the ending of an arm's name: which model is trained, and in which batches."""
+    return next((end for end in (LARGE, LORA + LONG, LORA, LONG) if arm.endswith(end)), "")
+
+
+def _rows(arm: str) -> Dataset:
+    short = functions().train
+    if LONG not in _setting(arm):
+        return short
+    stream = [token for row in short["input_ids"] for token in row]
+    rows = [stream[start : start + LENGTH] for start in range(0, len(stream) - LENGTH + 1, LENGTH)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
 def _model(arm: str) -> Any:
-    if arm.endswith(LARGE):
+    if _setting(arm) == LARGE:
         return build("llama-100m", "lora", 16)
-    if not arm.endswith(LORA):
+    if LORA not in _setting(arm):
         return None
     settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(embedded_model(), settings)
@@ -77,10 +103,9 @@ def training(arm: str, folder: Path) -> Callable[[TrainerCallback, int], Any]:
     """Return what trains the embedded model with an arm's callbacks, after a given one, for some steps."""
 
     def train(first: TrainerCallback, steps: int) -> None:
-        corpus = functions()
         fit(
-            corpus.train,
-            corpus.validation,
+            _rows(arm),
+            functions().validation,
             learning_rate=1e-5,
             seed=0,
             max_steps=steps,
@@ -112,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="measure the arms whose names begin so; several times"
     )
+    parser.add_argument("--ending", default="", metavar="NAME", help="and whose names end so")
     parser.add_argument("--profile-only", action="store_true", help="do not pair steps")
     parser.add_argument(
         "--profiled",
@@ -123,15 +149,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     starts = tuple(options.only or [""])
+    arms = [arm for arm in ARMS if arm.startswith(starts) and arm.endswith(options.ending)]
     results: dict[str, Any] = {}
-    if options.only and options.out and options.out.is_file():  # the other arms as they were measured
+    if (
+        len(arms) < len(ARMS) and options.out and options.out.is_file()
+    ):  # the other arms as they were measured
         results = json.loads(options.out.read_text(encoding="utf-8"))["callbacks"]
-    for arm in (name for name in ARMS if name.startswith(starts)):
+    for arm in arms:
         with tempfile.TemporaryDirectory() as folder:
             figures: dict[str, Any] = {}
             if not options.profile_only:
-                ending = next((end for end in (LARGE, LORA) if arm.endswith(end)), "")
-                plain, other = (training(which, Path(folder)) for which in (PLAIN + ending, arm))
+                plain, other = (training(which, Path(folder)) for which in (PLAIN + _setting(arm), arm))
                 figures = compared(in_turns(plain, other, options.pairs, options.warm_up, options.blocks))
                 figures |= {"bar": BAR, "is": decides(figures, BAR)}
             figures["inside"] = inside(arm, Path(folder), options.warm_up, options.profiled)
@@ -139,7 +167,7 @@ def main() -> None:
         shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in results[arm].items()}
         print(arm, shown, flush=True)
     columns = (*COLUMNS, "inside")
-    measured = {arm: row for arm, row in results.items() if arm.startswith(starts)}
+    measured = {arm: results[arm] for arm in arms}
     rows = [
         [arm, *(f"{row[key]:.4f}" if key in row else "" for key in columns), row.get("is", "")]
         for arm, row in measured.items()

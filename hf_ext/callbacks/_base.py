@@ -28,6 +28,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from .._compat.transformers import announce_callbacks, checkpoint_of, remember_checkpoint
 from ..core import dist
 from ..core.checks import check, check_fields
+from ..core.devices import stacked
 from ..core.registry import MethodInfo, Variant, register
 from ..core.state import load_state, save_state
 
@@ -436,4 +437,4 @@ def register_callback(
 
 def whole(values: list[Tensor]) -> Tensor:
     """Return scalars of any device as one float64 tensor (n,) on the CPU, with one copy."""
-    return torch.stack(values).to("cpu", torch.float64) if values else torch.empty(0, dtype=torch.float64)
+    return stacked(values).to("cpu", torch.float64) if values else torch.empty(0, dtype=torch.float64)

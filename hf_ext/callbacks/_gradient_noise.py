@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..core import dist
 from ..core.checks import check
+from ..core.devices import stacked
 
 KEPT = 8  # gradients that are kept for inner products
 CHUNK = 1 << 24  # elements of one collective
@@ -228,11 +229,11 @@ class NoiseMeter:
         locals_ = self._locals([tensor for tensor in tensors if tensor is not None])
         if self._divisor is None:
             norms = torch._foreach_norm(locals_, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-            return _Squares(there, torch.stack(list(norms)), 2)
+            return _Squares(there, stacked(norms), 2)
         parts = [
             local.float().square() / self._divided_by(i) for i, local in zip(there, locals_, strict=True)
         ]
-        return _Squares(there, torch.stack([part.sum() for part in parts]), 1)
+        return _Squares(there, stacked([part.sum() for part in parts]), 1)
 
     def _local_product(self, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
         """Return (1,) the inner product over all tensors, float64; of this process's shards."""

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from ..core.devices import stacked
+
 
 def gradient_norm(gradients: Iterable[Tensor], order: int) -> Tensor:
     """Return the norm of all gradients together (a collective where they are sharded).
@@ -49,7 +51,7 @@ def _local(gradient: Tensor) -> tuple[Tensor, object]:
 def _power_sum(tensors: list[Tensor], order: int) -> Tensor:
     # One kernel for all tensors; the public form in nn.utils has no dtype, and bf16 sums have three digits.
     parts = torch._foreach_norm(tensors, order, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    norms = torch.stack(list(parts)).double()
+    norms = stacked(parts).double()
     return norms.sum() if order == 1 else norms.square().sum()
 
 

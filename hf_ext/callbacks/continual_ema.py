@@ -31,6 +31,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core import dist
 from ..core.checks import check, check_choice
+from ..core.devices import stacked
 from ._averaged_weights import AVERAGE, LARGE, AveragedWeightsCallback, copied, local
 from ._base import Neutral, Run, register_callback
 from ._task_router import TfidfRouter
@@ -235,16 +236,13 @@ class ContinualEMACallback(AveragedWeightsCallback):
     def _table(self, weights: list[Tensor], gradients: list[Tensor], names: list[str]) -> Tensor:
         """Return (tensors, 3) distance, gradient and change, fp32."""
         distances = self._l1(weights, [self._average[name] for name in names])
-        changes = [distances[0].new_tensor(math.nan)] * len(names)
+        changes = [torch.full_like(distances[0], math.nan)] * len(names)
         again = [index for index, name in enumerate(names) if name in self._gradient]
         before = [self._gradient[names[index]] for index in again]
         for index, change in zip(again, self._l1([gradients[i] for i in again], before), strict=True):
             changes[index] = change
         columns = (distances, self._l1(gradients), changes)
-        device = distances[0].device
-        if any(weight.device != device for weight in weights):  # a model on several devices
-            columns = tuple([value.to(device) for value in column] for column in columns)
-        return torch.stack([torch.stack(column) for column in columns], dim=1)
+        return torch.stack([stacked(column) for column in columns], dim=1)
 
     def _l1(self, xs: list[Tensor], ys: list[Tensor] | None = None) -> list[Tensor]:
         """Return sum |x| of each tensor, or sum |x - y| of each pair with y fp32; (), fp32."""

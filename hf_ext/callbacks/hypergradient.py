@@ -31,6 +31,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core import dist
 from ..core.checks import check, check_choice
+from ..core.devices import stacked
 from ..core.registry import Variant
 from ._base import Neutral, Run, register_callback
 from ._local_updates import LocalUpdatesCallback, Weights
@@ -55,16 +56,16 @@ def agreement(x: Mapping[str, Tensor], y: Mapping[str, Tensor], kind: str = "cos
     Returns:
         The agreement; 0 where one of them is shorter than 1e-12.
     """
-    product, length_x, length_y = (_dot(a, b) for a, b in ((x, y), (x, x), (y, y)))
+    product, length_x, length_y = (float(_dot(a, b)) for a, b in ((x, y), (x, x), (y, y)))
     lengths = (length_x**0.5, length_y**0.5)
     if min(lengths) < _NOTHING:
         return 0.0
     return product if kind == "raw" else product / (lengths[0] * lengths[1])
 
 
-def _dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
+def _dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
     parts = [torch.dot(tensor.reshape(-1), y[name].reshape(-1)) for name, tensor in x.items()]
-    return float(torch.stack(parts).double().sum()) if parts else 0.0
+    return stacked(parts).double().sum() if parts else torch.zeros((), dtype=torch.float64)
 
 
 def clip(value: float, bound: float) -> float:
