@@ -61,6 +61,11 @@ class Curve(ABC):
         """Return the factor at a scheduler step: what `LambdaLR` asks for."""
         return self.factor(self.time(step))
 
+    @property
+    def length(self) -> int | None:
+        """Updates of the run that the curve was made for; None where it does not depend on them."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -97,7 +102,8 @@ class LearningRateCallback(Callback):
     """Base of the callbacks that own the learning rate: a method says which curve it follows.
 
     The Trainer's `lr_scheduler_type` and warm-up are not used. A peak is each parameter group's own learning
-    rate, on resume that of the checkpoint.
+    rate, on resume that of the checkpoint. A curve that depends on the run's length is made anew for a run
+    that is resumed with another one, as the Trainer's own schedules are.
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"learning_rate"})
@@ -109,6 +115,10 @@ class LearningRateCallback(Callback):
     @abstractmethod
     def curve_from(self, fields: Mapping[str, Any]) -> Curve:
         """Return a curve with the fields of a saved one."""
+
+    def make_curve_anew(self, run: Run, curve: Curve) -> Curve:
+        """Return the curve of a resumed run of another length than the one that the saved curve is for."""
+        return self.make_curve(run)
 
     def reset(self) -> None:
         """Forget the curve of an earlier run."""
@@ -122,10 +132,25 @@ class LearningRateCallback(Callback):
         resumed = self.curve is not None
         if self.curve is None:
             self.curve = self.make_curve(run)
+        else:
+            self.curve = self._of_length(run, self.curve)
         _warn_of_unused(run.args, run.lr_scheduler, type(self).__name__, resumed)
         self._scheduler = run.lr_scheduler
         self._replaced = list(run.lr_scheduler.lr_lambdas)
         follow(run.lr_scheduler, [self.curve] * len(self._replaced))
+
+    def _of_length(self, run: Run, curve: Curve) -> Curve:
+        before, steps = curve.length, run.state.max_steps
+        if before is None or before == steps:
+            return curve
+        anew = self.make_curve_anew(run, curve)
+        anew.anchor_step, anew.anchor_time, anew.pace = curve.anchor_step, curve.anchor_time, curve.pace
+        warnings.warn(
+            f"{type(self).__name__}: max_steps is {steps}, and {before} in the checkpoint: from step "
+            f"{run.state.global_step} on the learning rate is that of a run of {steps} steps",
+            stacklevel=2,
+        )
+        return anew
 
     def undo(self) -> None:
         """Give the Trainer's scheduler its own lambdas back; the groups' rates stay, as after any run."""

@@ -75,6 +75,11 @@ class LinearDecayCurve(Curve):
         check(within, "warmup_steps", self.warmup_steps, f"in [0, the run's {self.total_steps} steps)")
         check(0.0 <= self.floor < 1.0, "floor", self.floor, "in [0, 1)")
 
+    @property
+    def length(self) -> int:
+        """Updates of the run."""
+        return self.total_steps
+
     def factor(self, t: float) -> float:
         """Return the rate at time t over the peak."""
         if t < self.warmup_steps:
@@ -92,6 +97,11 @@ class TableCurve(Curve):
     """
 
     factors: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
+
+    @property
+    def length(self) -> int:
+        """Updates that there are values for."""
+        return len(self.factors)
 
     def factor(self, t: float) -> float:
         """Return the rate at time t over the peak."""
@@ -386,6 +396,12 @@ class RefinedLinearDecayCallback(LearningRateCallback):
             norms, norm = self._norms()
             factors = refined_schedule(norms, norm=norm, tau=self.tau, drop_zero=self.drop_zero)
         return TableCurve(factors=resampled(factors, total).clamp_min(self.floor))
+
+    def make_curve_anew(self, run: Run, curve: Curve) -> Curve:
+        """Return the line, or the checkpoint's values resampled: the norms may be gone."""
+        if not isinstance(curve, TableCurve):
+            return self.make_curve(run)
+        return TableCurve(factors=resampled(curve.factors, run.state.max_steps).clamp_min(self.floor))
 
     def curve_from(self, fields: Mapping[str, Any]) -> Curve:
         """Return the saved curve."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from hf_ext.callbacks import InfiniteLRCallback
+from hf_ext.callbacks import InfiniteLRCallback, RefinedLinearDecayCallback
 from hf_ext.callbacks._schedule import Curve, check_scheduler, follow
-from tests.callbacks.runs import build, logged, rows, tiny_model
+from tests.callbacks.runs import MIDDLE, build, logged, rows, tiny_model
 
 
 @dataclass(kw_only=True, eq=False)
@@ -109,3 +110,69 @@ def test_another_learning_rate_on_resume_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"learning_rate=0\.5 \(the checkpoint's is 0\.01\) is not used"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert max(logged(trainer, "learning_rate")) <= 0.01
+
+
+# A run of another length than its checkpoint's -----------------------------------------------------
+
+LINEAR: dict[str, Any] = {"record": False}
+REFINED: dict[str, Any] = {"mode": "refined", "norms": [1.0] * 10, "record": False}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return checkpoints of the middle of a plain run, a linear and a refined one."""
+    found = {}
+    for name, callbacks in {
+        "plain": [],
+        "linear": [RefinedLinearDecayCallback(**LINEAR)],
+        "refined": [RefinedLinearDecayCallback(**REFINED)],
+    }.items():
+        folder = tmp_path_factory.mktemp(name)
+        build(folder, *callbacks).train()
+        found[name] = str(folder / f"checkpoint-{MIDDLE}")
+    return found
+
+
+@pytest.mark.parametrize("changed", [{"max_steps": 20}, {"max_steps": 7}, {"num_train_epochs": 1}])
+def test_a_resumed_run_of_another_length_has_the_trainer_s_linear_decay(
+    changed: dict[str, int], halves: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = {"max_steps": -1, "save_strategy": "no", **changed}
+    plain = build(tmp_path, **arguments)
+    plain.train(resume_from_checkpoint=halves["plain"])
+    trainer = build(tmp_path, RefinedLinearDecayCallback(**LINEAR), **arguments)
+    steps = changed.get("max_steps", 32)
+    said = f"max_steps is {steps}, and 10 in the checkpoint: from step 5 on the learning rate is that"
+    with pytest.warns(UserWarning, match=said):
+        trainer.train(resume_from_checkpoint=halves["linear"])
+    assert len(logged(plain, "learning_rate")) == steps
+    rates, expected = logged(trainer, "learning_rate"), logged(plain, "learning_rate")
+    # The Trainer's own schedule makes one more update at the old length's rate.
+    expected[MIDDLE] = 1e-2 * (1.0 - MIDDLE / steps)
+    assert rates == expected
+
+
+def test_a_refined_schedule_is_resampled_for_another_length(halves: dict[str, str], tmp_path: Path) -> None:
+    trainer = build(tmp_path, RefinedLinearDecayCallback(**REFINED), max_steps=19)
+    with pytest.warns(UserWarning, match="max_steps is 19, and 10 in the checkpoint"):
+        trainer.train(resume_from_checkpoint=halves["refined"])
+    rates = logged(trainer, "learning_rate")
+    new = build(tmp_path / "new", RefinedLinearDecayCallback(**REFINED), max_steps=19, save_strategy="no")
+    new.train()
+    assert rates[MIDDLE:] == pytest.approx(logged(new, "learning_rate")[MIDDLE:], rel=1e-12)
+    assert len(set(rates[MIDDLE:])) == 14
+    # Its own checkpoints are those of the new length.
+    again = build(tmp_path / "again", RefinedLinearDecayCallback(**REFINED), max_steps=19, save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert logged(again, "learning_rate") == rates
+
+
+def test_a_curve_made_anew_keeps_its_clock() -> None:
+    run: Any = SimpleNamespace(state=SimpleNamespace(max_steps=20, global_step=5))
+    owner = RefinedLinearDecayCallback(**LINEAR)
+    saved = owner.curve_from({"total_steps": 10})
+    saved.set_pace(3, 2.0)
+    with pytest.warns(UserWarning, match="max_steps is 20"):
+        anew = owner._of_length(run, saved)
+    assert [anew.time(step) for step in (3, 4, 5)] == [3.0, 5.0, 7.0]
+    assert anew(5) == 1.0 - 7.0 / 20.0
