@@ -13,6 +13,7 @@ it, so that a checkpoint which was cut short is told from one of a run without t
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 import weakref
 from collections.abc import Callable, Mapping
@@ -107,6 +108,8 @@ class Callback(TrainerCallback):
         hints = typing.get_type_hints(type(self))
         hints = {name: hints[name] for name in given}
         for name, value in check_fields(given, hints, where=type(self).__name__).items():
+            infinite = isinstance(value, float) and not math.isfinite(value)  # no JSON, no checkpoint
+            check(not infinite, name, value, "a finite number")
             setattr(self, name, value)
         self.validate()
         self._trainer: Callable[[], Any] = lambda: None

@@ -306,7 +306,9 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def adam_divisor(optimizer: Any) -> Callable[[nn.Parameter], Tensor] | None:
-    """Return sqrt(v_hat) + eps of a parameter by Adam's second moment; None before its first step.
+    """Return sqrt(v_hat) + eps of a parameter by Adam's second moment; None before the first step of all.
+
+    Infinite where one parameter has none yet, since nothing has used it: such a one is not measured.
 
     Args:
         optimizer: Of torch, outside Accelerate's wrapper.
@@ -320,6 +322,8 @@ def adam_divisor(optimizer: Any) -> Callable[[nn.Parameter], Tensor] | None:
 
     def divisor(parameter: nn.Parameter) -> Tensor:
         group, state = groups[id(parameter)], optimizer.state.get(parameter, {})
+        if not state:
+            return torch.tensor(math.inf, device=parameter.device)
         if "exp_avg_sq" not in state or "betas" not in group:
             name = type(optimizer).__name__
             raise ValueError(f"metric='preconditioned' needs Adam's second moments, which {name} lacks")

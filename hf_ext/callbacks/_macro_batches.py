@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import math
 import sys
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,16 @@ from ._schedule import Clock, Curve, LearningRateCallback, check_scheduler, foll
 _CLOCK = "clock."
 # Trainers that make their batches themselves, by a plan that depends on the accumulation steps.
 ONLINE = frozenset(
-    {"GKDTrainer", "GOLDTrainer", "NashMDTrainer", "OnlineDPOTrainer", "PPOTrainer", "XPOTrainer"}
+    {
+        "AsyncDistillationTrainer",
+        "AsyncGRPOTrainer",
+        "GKDTrainer",
+        "GOLDTrainer",
+        "NashMDTrainer",
+        "OnlineDPOTrainer",
+        "PPOTrainer",
+        "XPOTrainer",
+    }
 )
 
 
@@ -102,6 +112,7 @@ class Geometry:
         length: Those of an epoch; None for a data set without a length.
         in_epoch: Groups after which the Trainer ends an epoch.
         max_steps: Updates.
+        examples: Samples of the data set, on all processes.
     """
 
     rows: int
@@ -110,11 +121,17 @@ class Geometry:
     length: int | None
     in_epoch: int
     max_steps: int
+    examples: int
 
     @property
     def unit(self) -> int:
         """Samples of an update on all processes: the batch of the settings."""
         return self.rows * self.world * self.accumulation
+
+    def samples(self, micro_batches: int) -> int:
+        """Return the samples of an epoch's first micro-batches on all processes; the last can be short."""
+        whole = micro_batches * self.rows * self.world
+        return whole if self.length is None else min(whole, self.examples)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -153,8 +170,13 @@ class MacroBatchCallback(Callback):
         """Return whether `rate_scale` can be other than 1."""
         return False
 
-    def begin_update(self) -> None:
-        """Take note that an update begins; `update_size` micro-batches have been drawn for it."""
+    def begin_update(self, batches: Sequence[Any], items: Any) -> None:
+        """Take note that an update begins.
+
+        Args:
+            batches: Its micro-batches on this process, `update_size` of them.
+            items: `num_items_in_batch`.
+        """
 
     def gathers_groups(self) -> bool:
         """Return whether the whole update is to come to `run_group` as one group."""
@@ -243,6 +265,7 @@ class MacroBatchCallback(Callback):
             length=length if known else None,
             in_epoch=length,
             max_steps=max_steps,
+            examples=examples,
         )
         largest = self.largest_factor
         if not known and largest > 1:  # the Trainer takes `max_steps` updates for an epoch
@@ -271,6 +294,7 @@ class MacroBatchCallback(Callback):
         if run.args.ignore_data_skip and run.state.global_step > 0:
             self._used = 0
         self._first_epoch = True
+        self._warn_of_a_short_epoch()
         self._follow_time(run)
 
     def _take_place(self, step: int) -> None:
@@ -280,7 +304,20 @@ class MacroBatchCallback(Callback):
         self._time = step
         self._epoch, updates = divmod(step, in_epoch)
         self._used = updates * plan.accumulation
-        self._samples = step * plan.unit  # the last batch of an epoch taken for a whole one
+        whole = plan.length or in_epoch * plan.accumulation
+        self._samples = self._epoch * plan.samples(whole) + plan.samples(self._used)
+
+    def _warn_of_a_short_epoch(self) -> None:
+        plan = self.geometry
+        start, largest = self.factors(plan.unit)
+        if self.largest_factor < largest:
+            name = self.info.name
+            wanted = f"starts at {start * plan.unit} samples and" if start > self.largest_factor else "may"
+            warnings.warn(
+                f"{name}: an update is at most an epoch of the data, {self.largest_factor * plan.unit} "
+                f"samples or less, where the batch {wanted} grow to {largest * plan.unit}",
+                stacklevel=2,
+            )
 
     def _follow_time(self, run: Run) -> None:
         if not (self.counts_samples() or self.scales_rate()):
@@ -344,7 +381,7 @@ class MacroBatchCallback(Callback):
             return [], items
         groups = groups_of_update(self._taken, plan.accumulation, plan.in_epoch)
         self._taken, self._groups_left = self._taken + groups, groups
-        self.begin_update()
+        self.begin_update(batches, items)
         if self.gathers_groups():
             return [*(MacroBatch() for _ in range(groups - 1)), MacroBatch(batches)], items
         return list(regroup(batches, groups)), items
@@ -401,8 +438,8 @@ class MacroBatchCallback(Callback):
         """Count what the update has used."""
         plan = self.geometry
         self._time += self._time_of(self._drawn)
+        self._last_batch = plan.samples(self._used + self._drawn) - plan.samples(self._used)
         self._used += self._drawn
-        self._last_batch = self._drawn * plan.rows * plan.world
         self._samples += self._last_batch
         whole = plan.length or plan.max_steps * plan.accumulation
         state.epoch = self._epoch + self._used / whole

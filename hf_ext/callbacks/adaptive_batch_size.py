@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = ["AdaptiveBatchSizeCallback", "grown_batch", "required_batch"]
 
 TESTS = ("norm", "inner_product", "augmented", "coordinate")
 QUANTILE = 0.9
+MOST_SAMPLES = 1e18
 
 
 def required_batch(
@@ -53,17 +54,17 @@ def required_batch(
     """
     if test == "coordinate":
         there = noise.tensor_norms > 0.0
-        quotients = noise.tensor_variances[there] / (eta**2 * noise.tensor_norms[there])
-        return float(quotients.quantile(QUANTILE))
-    by_norm = noise.variance / (eta**2 * noise.squared_norm)
+        quotients = noise.tensor_variances[there] / noise.tensor_norms[there]
+        return float(quotients.quantile(QUANTILE)) / eta / eta
+    by_norm = noise.variance / noise.squared_norm / eta / eta
     if test == "norm":
         return by_norm
     assert noise.along is not None
     assert noise.across is not None
-    by_product = noise.along / (theta**2 * noise.squared_norm**2)
+    by_product = noise.along / noise.squared_norm**2 / theta / theta
     if test == "inner_product":
         return by_product
-    return max(by_product, noise.across / (nu**2 * noise.squared_norm))
+    return max(by_product, noise.across / noise.squared_norm / nu / nu)
 
 
 def grown_batch(batch: int, required: float, batch_max: int, growth_cap: float | None = None) -> int:
@@ -199,6 +200,8 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
         super().reset()
         self._required = 0.0
         self._meter: NoiseMeter | None = None
+        self._halved = False  # whether the update is of one micro-batch
+        self._splits = False  # whether these data are known to have rows to cut
 
     def begin(self, run: Run) -> None:
         """Check that the noise can be measured."""
@@ -206,25 +209,37 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
         self._sharded = bool(self.trainer.accelerator.is_fsdp2 and self.trainer.is_fsdp_enabled)
         self._parameters = [p for p in run.model.parameters() if p.requires_grad]
         self._adam = getattr(run.optimizer, "optimizer", run.optimizer)
+        if self.metric == "preconditioned":
+            rule = f"'euclidean' with {run.optimizer_name}, which has no second moments of Adam's"
+            check(all("betas" in group for group in self._adam.param_groups), "metric", self.metric, rule)
+        if self.factor < self.largest_factor and self._halves(self.factor * self.geometry.accumulation):
+            rows = self.geometry.rows
+            check(rows >= 2, "per_device_train_batch_size", rows, "at least 2, or the update of two batches")
 
     def undo(self) -> None:
         """Let go of the run's gradients and parameters."""
         super().undo()
         self._meter, self._parameters, self._adam = None, [], None
 
-    def begin_update(self) -> None:
-        """Decide whether this update is tested: one of full size, with room for growth."""
+    def begin_update(self, batches: Sequence[Any], items: Any) -> None:
+        """Decide whether this update is tested: one of full size, with labels and with room for growth."""
         self._meter = None
-        full = self.update_size == self.factor * self.geometry.accumulation
-        due = (self.trainer.state.global_step + 1) % self.test_interval == 0
-        if not (due and full and self.factor < self.largest_factor):
+        if self.factor == self.largest_factor:
+            return
+        self._halved = self._halves(self.update_size)
+        whole = self._is_whole(batches, items)
+        if (self.trainer.state.global_step + 1) % self.test_interval != 0:
+            return
+        full = self.update_size == self.factor * self.geometry.accumulation and whole
+        empty = items is not None and float(items) == 0.0  # no share of nothing
+        left_out = torch.tensor([float(not full or empty)], dtype=torch.float64)
+        if float(dist.all_reduce_sum_(left_out)) > 0.0:  # on any process
             return
         divisor: Callable[[Any], Tensor] | None = None
         if self.metric == "preconditioned":
             divisor = adam_divisor(self._adam)
             if divisor is None:  # before Adam's first step
                 return
-        self._halved = self.update_size * (1 if self._sharded else self.geometry.world) == 1
         self._meter = NoiseMeter(
             self._parameters,
             sharded=self._sharded,
@@ -243,9 +258,7 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
         if self._meter is None:
             return super().run_group(run, model, group, items)
         if self._halved:
-            rows = self.geometry.rows
-            check(rows >= 2, "per_device_train_batch_size", rows, "at least 2, or the update of two batches")
-            group = MacroBatch(half for batch in group for half in halves(batch, rows))
+            group = MacroBatch(half for batch in group for half in halves(batch, self.geometry.rows))
         total = self._zero()
         for batch in group:
             part = len(next(iter(batch.values()))) / self.geometry.rows if self._halved else 1.0
@@ -271,11 +284,7 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
             part: Its size over that of an ordinary one.
         """
         trainer, world = self.trainer, self.geometry.world
-        scaled = trainer.loss_is_scaled_for_ga
-        if scaled is None:
-            by_model = trainer.model_accepts_loss_kwargs and items is not None
-            scaled = by_model or trainer.compute_loss_func is not None
-        if not scaled:
+        if not self._by_items(items):
             share = part / (self.update_size * world)
         else:
             if items is None:
@@ -288,6 +297,39 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
         if self._sharded:
             share = float(dist.all_reduce_sum_(torch.tensor([share], dtype=torch.float64)))
         return share
+
+    def _by_items(self, items: Any) -> bool:
+        """Return whether the Trainer leaves it to the loss to divide by a count of items.
+
+        Args:
+            items: `num_items_in_batch`.
+        """
+        trainer = self.trainer
+        if trainer.loss_is_scaled_for_ga is not None:
+            return bool(trainer.loss_is_scaled_for_ga)
+        by_model = trainer.model_accepts_loss_kwargs and items is not None
+        return by_model or trainer.compute_loss_func is not None
+
+    def _halves(self, micro_batches: int) -> bool:
+        """Return whether an update of so many micro-batches on each process has to be cut to have a noise."""
+        return micro_batches * (1 if self._sharded else self.geometry.world) == 1
+
+    def _is_whole(self, batches: Sequence[Any], items: Any) -> bool:
+        """Return whether an update is not to be halved, or can be.
+
+        Raises:
+            ValueError: Updates of these data cannot be; an epoch's last batch is not asked.
+        """
+        plan = self.geometry
+        if not self._halved:
+            return True
+        if not self._splits and self._used + self.update_size != plan.length:
+            steps = self.trainer.args.gradient_accumulation_steps
+            rule = "2 where the loss is not divided by a count of items (its halves are not the whole)"
+            check(self._by_items(items), "gradient_accumulation_steps", steps, rule)
+            halves(batches[0], plan.rows)
+            self._splits = True
+        return self._splits and len(next(iter(batches[0].values()))) == plan.rows
 
     def _own_items(self, batch: Any) -> float:
         """Return the items of a micro-batch on this process, counted as the Trainer counts them."""
@@ -313,6 +355,7 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
         if noise is None or not noise.usable:
             return
         required = required_batch(noise, self.test, eta=self.eta, theta=self.theta, nu=self.nu)
+        required = min(required, MOST_SAMPLES)  # which a checkpoint can hold
         decision = torch.tensor([required], dtype=torch.float64)
         self._required = required = float(dist.broadcast_(decision))
         batch = grown_batch(self.batch, required, self.batch_max, self.growth_cap)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import typing
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,16 @@ def test_an_unknown_setting_and_a_wrong_type_are_refused(info: MethodInfo) -> No
     name = next(iter(make(info).settings()))
     with pytest.raises((TypeError, ValueError), match=name):
         make(info, **{name: object()})
+
+
+@pytest.mark.parametrize("info", methods("callback", variants=False))
+def test_numbers_are_finite(info: MethodInfo) -> None:
+    fields = typing.get_type_hints(info.target)
+    numbers = [n for n in make(info).settings() if float in (fields[n], *typing.get_args(fields[n]))]
+    for name in numbers:
+        for value in (math.inf, math.nan):
+            with pytest.raises(ValueError, match=rf"\b{name}\b"):
+                make(info, **{name: value})
 
 
 @pytest.mark.parametrize("info", CALLBACKS)
