@@ -165,9 +165,11 @@ class AveragedWeightsCallback(Callback):
         self._swapped = True
         try:
             self.write_averaged(values)
+            hand_over_anew(self.trainer)
             yield
         finally:
             write(self.replaced(), raw)
+            hand_over_anew(self.trainer)
             self._swapped = False
 
     def _trained(self) -> dict[str, Tensor]:
@@ -243,6 +245,12 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
         part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return joined.full_tensor()
+
+
+def hand_over_anew(trainer: Any) -> None:
+    """Have a trainer that generates elsewhere (vLLM) take the weights there again, within the same step."""
+    if hasattr(trainer, "_last_loaded_step"):  # TRL's mark of the step whose weights are there
+        trainer._last_loaded_step = -1
 
 
 def write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -63,6 +63,14 @@ def _reduced(value: Tensor, key: object) -> Tensor:
     return value
 
 
+def steps_in_backward(optimizer: str) -> bool:
+    """Return whether an optimizer of this class changes weights within the backward pass.
+
+    Its own `step` does nothing then, and no gradient is there after it.
+    """
+    return optimizer.startswith("LayerWise") or optimizer in ("Lomo", "AdaLomo")
+
+
 def before_clipping(norm: Tensor, l2: Tensor, max_grad_norm: float) -> Tensor:
     """Return what a norm of clipped gradients was before `clip_grad_norm_` scaled them.
 

@@ -126,7 +126,7 @@ class LocalUpdatesCallback(Callback):
         self._held = {}
 
     def undo(self) -> None:
-        """Give the Trainer its way of counting tokens back, and DDP its copying of statistics."""
+        """Give the Trainer its count of tokens back, and DDP its copying of statistics; let tensors go."""
         if self._synced is not None:
             wrapped, synced = self._synced
             wrapped.require_forward_param_sync = synced
@@ -135,6 +135,8 @@ class LocalUpdatesCallback(Callback):
             args, value = self._averages_tokens
             args.average_tokens_across_devices = value
         self._averages_tokens = None
+        self._anchor, self._held, self._optimizer = None, {}, None
+        self._trained, self._norms = {}, {}
 
     def around_training_step(self, step: Callable[..., Any], model: Any, *inputs: Any) -> Any:
         """Run forward and backward without averaging the gradients."""
@@ -150,9 +152,11 @@ class LocalUpdatesCallback(Callback):
         if self.in_round >= self.local_steps or last:
             self.end_round(state.global_step / max(state.max_steps, 1), last)
 
-    def finish(self, run: Run) -> None:
-        """End the last round, where nothing said before that it was the last."""
-        if self.in_round:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the last round where an evaluation has stopped the run: before a best checkpoint is loaded."""
+        if self.in_round and control.should_training_stop:
             self.end_round(1.0, True)
 
     def end_round(self, share: float, last: bool) -> None:
@@ -187,7 +191,7 @@ class LocalUpdatesCallback(Callback):
                 self._fail(anchor)
         for buffer in self.statistics().values() if dist.is_distributed() else ():
             if buffer.is_floating_point():
-                dist.all_reduce_mean_(buffer)
+                _mean_of_finite_(buffer)
 
     def statistics(self) -> dict[str, Tensor]:
         """Return the buffers of batch norms by name."""
@@ -198,13 +202,24 @@ class LocalUpdatesCallback(Callback):
         }
 
     def _fail(self, anchor: Weights | None) -> None:
+        """Go back to the round's start, with empty optimizers: theirs may remember what was not finite.
+
+        Raises:
+            ValueError: There is no way back, or several rounds in a row have failed.
+        """
         self.failures, self._in_row = self.failures + 1, self._in_row + 1
         if self._in_row >= _MOST_FAILURES or anchor is None:
+            kept = "" if anchor is not None else ", and nothing was kept to go back to"
             raise ValueError(
                 f"{self.info.name}: the weights are not finite at the end of a round, for the "
-                f"{self._in_row}. time in a row; a lower learning_rate may help"
+                f"{self._in_row}. time in a row{kept}; a lower learning_rate may help"
             )
         self.put(anchor)
+        self._optimizer.state.clear()
+        self.forget_round()
+
+    def forget_round(self) -> None:
+        """Forget what the method has learned within a round that has failed."""
 
     def put(self, weights: Weights) -> None:
         """Write weights into the model."""
@@ -312,6 +327,16 @@ def refuse_sharded(
     sharded = any(hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter" for p in trained)
     if sharded or "DEEPSPEED" in kind or "FSDP" in kind:
         raise ValueError(f"{name} needs a whole replica of the model on each process: {why}")
+
+
+def _mean_of_finite_(buffer: Tensor) -> None:
+    """Overwrite a buffer with the mean of the processes whose is finite; leave it where none is."""
+    there = torch.isfinite(buffer).all()
+    total = torch.where(there, buffer, torch.zeros_like(buffer))
+    count = dist.all_reduce_sum_(there.to(buffer.dtype))
+    total = dist.all_reduce_sum_(total) / count
+    if bool(count > 0):
+        buffer.copy_(total)
 
 
 def mean_over_processes(weights: Weights) -> Weights:

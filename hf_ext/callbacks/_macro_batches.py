@@ -30,6 +30,7 @@ from transformers.trainer_utils import has_length
 
 from ..core.checks import check
 from ._base import Callback, Run
+from ._gradients import steps_in_backward
 from ._schedule import Clock, Curve, LearningRateCallback, check_scheduler, follow
 
 _CLOCK = "clock."
@@ -279,7 +280,7 @@ class MacroBatchCallback(Callback):
     def resume_position(self, place: tuple[int, int], checkpoint: str | None) -> tuple[int, int]:
         """Return passes over the data and micro-batches in the current one, at the checkpoint."""
         state = self.trainer.state
-        if checkpoint is None or self._mark not in (state.stateful_callbacks or {}):
+        if checkpoint is None or not self.marked(state):
             return place
         saved = self.read_state(Path(checkpoint), state.global_step)
         return saved["epoch"], 0 if self.trainer.args.ignore_data_skip else saved["used"]
@@ -516,7 +517,7 @@ def refuse_trainer(trainer: Any, optimizer: str) -> None:
         (trainer.args.n_gpu > 1, "torch.nn.DataParallel splits each batch; start one process per GPU"),
         (bool(accelerator.split_batches), "accelerator_config's split_batches cuts batches by processes"),
         (
-            optimizer.startswith("LayerWise") or optimizer in ("Lomo", "AdaLomo"),
+            steps_in_backward(optimizer),
             f"{optimizer} steps within the backward pass",
         ),
         *(

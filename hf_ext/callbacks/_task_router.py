@@ -46,6 +46,7 @@ class TfidfRouter:
         Raises:
             ValueError: The adapter has no instruction with a word.
         """
+        _refuse_text(instructions)
         texts = [*self._texts.get(adapter, []), *(text for text in instructions if words(text))]
         texts = list(dict.fromkeys(texts))
         check(
@@ -58,6 +59,7 @@ class TfidfRouter:
 
     def similarities(self, instructions: Iterable[str]) -> dict[str, float]:
         """Return, by adapter, the mean cosine of all pairs of these and the adapter's instructions."""
+        _refuse_text(instructions)
         vectors = [self._vector(text) for text in instructions]
         check(bool(vectors), "instructions", [], "at least one")
         return {
@@ -115,6 +117,11 @@ class TfidfRouter:
 def words(text: str) -> list[str]:
     """Return a text's words of letters and digits, in lower case."""
     return re.findall(r"\w+", text.lower())
+
+
+def _refuse_text(instructions: Iterable[str]) -> None:
+    alone = isinstance(instructions, str)  # whose letters it would otherwise take for texts
+    check(not alone, "instructions", instructions, "a list of texts, not one text")
 
 
 def _cosine(a: Vector, b: Vector) -> float:

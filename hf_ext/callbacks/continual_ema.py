@@ -34,6 +34,7 @@ from ..core.checks import check, check_choice
 from ..core.devices import stacked
 from ._averaged_weights import AVERAGE, LARGE, AveragedWeightsCallback, copied, local
 from ._base import Neutral, Run, register_callback
+from ._gradients import steps_in_backward
 from ._task_router import TfidfRouter
 
 __all__ = ["ContinualEMACallback", "TfidfRouter", "ema_coefficient"]
@@ -152,6 +153,8 @@ class ContinualEMACallback(AveragedWeightsCallback):
                 would be loaded at the end, or the checkpoint is of other tensors.
         """
         super().begin(run)
+        rule = "one that steps after the backward pass: an average needs the gradient of each update"
+        check(not steps_in_backward(run.optimizer_name), "optim", run.optimizer_name, rule)
         found = self._trained()
         size = sum(8 * local(parameter).numel() for parameter in found.values())
         if size >= LARGE and not self._saved:
@@ -179,6 +182,9 @@ class ContinualEMACallback(AveragedWeightsCallback):
             self._average[name] = copied(found[name])
         moved = {name: p for name, p in found.items() if p.grad is not None}
         if not moved:
+            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            rule = "one that leaves gradients in their place: none has been there yet"
+            check(self._updates > 0, "optim", type(optimizer).__name__, rule)
             return
         by_mesh: dict[Any, list[str]] = {}
         for name, parameter in moved.items():

@@ -21,6 +21,7 @@ Differs from the paper and its code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from ..core.checks import check, check_choice
 from ..core.devices import stacked
 from ..core.registry import Variant
 from ._base import Neutral, Run, register_callback
+from ._gradients import steps_in_backward
 from ._local_updates import LocalUpdatesCallback, Weights
 
 __all__ = ["HypergradientCallback", "agreement"]
@@ -54,11 +56,11 @@ def agreement(x: Mapping[str, Tensor], y: Mapping[str, Tensor], kind: str = "cos
         kind: "cosine" for <x, y> / (|x| |y|), "raw" for <x, y>.
 
     Returns:
-        The agreement; 0 where one of them is shorter than 1e-12.
+        The agreement; 0 where one of them is shorter than 1e-12, or is not finite.
     """
     product, length_x, length_y = (float(_dot(a, b)) for a, b in ((x, y), (x, x), (y, y)))
     lengths = (length_x**0.5, length_y**0.5)
-    if min(lengths) < _NOTHING:
+    if min(lengths) < _NOTHING or not all(map(math.isfinite, (product, *lengths))):
         return 0.0
     return product if kind == "raw" else product / (lengths[0] * lengths[1])
 
@@ -160,6 +162,7 @@ class HypergradientCallback(LocalUpdatesCallback):
         self.beta = 1.0  # this process's
         self.agreed = 0.0
         self._before: Weights | None = None  # the last round's displacement, for GM its running sum
+        self._displacement: Weights | None = None  # for GM with CL: the last round's own
         self._last_step: Weights | None = None  # displacement of the last local step
         self._start: Weights | None = None  # weights before the local step that is being made
         self._rates: list[float] | None = None
@@ -203,6 +206,8 @@ class HypergradientCallback(LocalUpdatesCallback):
         return mean
 
     def _remember(self, delta: Weights) -> None:
+        if self.variant == "GM" and self.local == "CL":
+            self._displacement = {name: value.clone() for name, value in delta.items()}
         if self.variant == "GM" and self._before is not None:
             for name, value in delta.items():
                 value.add_(self._before[name], alpha=self.momentum)
@@ -236,8 +241,9 @@ class HypergradientCallback(LocalUpdatesCallback):
     def _correct(self, step: Weights) -> None:
         if self._last_step is not None and self.in_round % self.cl_every == 0:
             agreed = agreement(step, self._last_step, self.agreement)
-            if self._before is not None:
-                agreed += agreement(step, self._before, self.agreement) / dist.world_size()
+            before = self._before if self._displacement is None else self._displacement
+            if before is not None:
+                agreed += agreement(step, before, self.agreement) / dist.world_size()
             change = _kappa(self.kappa_local, self.agreement) * agreed
             if self.cl_update == "multiplicative":
                 self.beta = clip(self.beta * clip(1.0 + change, STEP_LIMIT), self.gamma_beta)
@@ -255,15 +261,23 @@ class HypergradientCallback(LocalUpdatesCallback):
             _set_rates(groups, self._rates)
         self._rates = None
 
+    def forget_round(self) -> None:
+        """Forget the local rates."""
+        self.beta, self._last_step = 1.0, None
+
     def undo(self) -> None:
-        """Give the learning rates back, where a step was cut short."""
-        super().undo()
+        """Give the learning rates back, where a step was cut short, and let go of the displacements."""
         if self._optimizer is not None:
             self._give_rates_back(self._optimizer.param_groups)
+        self._before = self._displacement = self._last_step = self._start = None
+        super().undo()
 
     def begin(self, run: Run) -> None:
-        """Refuse local rates that the weights' type would swallow."""
+        """Refuse local rates that the optimizer does not look at, or the weights' type would swallow."""
         super().begin(run)
+        if self.local == "CL" or self.variant == "SL":
+            rule = "one that steps after the backward pass where local rates are changed for the step"
+            check(not steps_in_backward(run.optimizer_name), "optim", run.optimizer_name, rule)
         if self.local == "CL":
             low = next((n for n, p in self._trained.items() if p.dtype != torch.float32), None)
             rule = "'none' unless the trained weights are fp32: steps of others are mostly rounding"
@@ -288,12 +302,13 @@ class HypergradientCallback(LocalUpdatesCallback):
         self.agreed = state["agreed"]
 
     def shared_state(self) -> dict[str, Weights]:
-        """Return the last outer displacement."""
-        return {} if self._before is None else {"before": self._before}
+        """Return the last outer displacement, and for GM its running sum."""
+        found = {"before": self._before, "displacement": self._displacement}
+        return {name: weights for name, weights in found.items() if weights is not None}
 
     def load_shared_state(self, state: Mapping[str, Weights]) -> None:
         """Restore it."""
-        self._before = state.get("before")
+        self._before, self._displacement = state.get("before"), state.get("displacement")
 
     def own_state(self) -> dict[str, Weights]:
         """Return the displacement of the last local step."""

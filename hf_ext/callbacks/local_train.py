@@ -203,7 +203,6 @@ class LocalTrainCallback(LocalUpdatesCallback):
 
     def finish(self, run: Run) -> None:
         """Merge, where nothing said before that an update was the last."""
-        super().finish(run)
         if self.final_merge and not self._merged and dist.is_distributed():
             self._merge()
 

@@ -140,7 +140,7 @@ class WeightAverageCallback(AveragedWeightsCallback):
         self._samples: list[dict[str, Tensor]] = []  # LAWA's, the oldest first, on the CPU
         self._taken = 0  # updates of EMA, samples of the others
         self._left = 1.0  # weight of the beginning in EMA: the product of all its betas
-        self._first, self._every = 0, 1
+        self._every = 1
 
     # The run --------------------------------------------------------------------------------------
 
@@ -153,13 +153,12 @@ class WeightAverageCallback(AveragedWeightsCallback):
                 other tensors.
         """
         super().begin(run)
-        share = START[self.method] if self.start is None else self.start
-        self._first = math.ceil(share * run.state.max_steps)
+        first = self._first(run.state)
         default = {"ema": 1, "swa": 100, "lawa": int(max(1, run.state.save_steps or 1))}
         self._every = self.every or default[self.method]
         last = run.state.max_steps // self._every * self._every
-        rule = f"such that a multiple of it lies between {self._first} and the last step"
-        check(last >= max(1, self._first), "every", self._every, rule, where=f"{run.state.max_steps} steps")
+        rule = f"such that a multiple of it lies between {first} and the last step"
+        check(last >= max(1, first), "every", self._every, rule, where=f"{run.state.max_steps} steps")
         reads = self.bn == "recalibrate" and (self.use_for_eval or self.replace_weights)
         if reads and batch_norms(run.model):
             rule = "'pool' or 'average' without hf_ext.attach: the model has batch norms"
@@ -171,8 +170,13 @@ class WeightAverageCallback(AveragedWeightsCallback):
         if self._saved is not None:
             self.take_average(self._saved)
             self._saved = None
-        elif self.method == "ema" and run.state.global_step >= self._first:
+        elif self.method == "ema" and run.state.global_step >= first:
             self._begin_ema()
+
+    def _first(self, state: TrainerState) -> int:
+        """Return the first step of a sample; a batch that grows makes the run shorter on its way."""
+        share = START[self.method] if self.start is None else self.start
+        return math.ceil(share * state.max_steps)
 
     def _begin_ema(self) -> None:
         values = self._values()
@@ -196,10 +200,10 @@ class WeightAverageCallback(AveragedWeightsCallback):
         """Take a sample, where this step has one."""
         step = state.global_step + 1  # it is counted after this event
         if self.method == "ema" and not self._average:
-            if step >= self._first:
+            if step >= self._first(state):
                 self._begin_ema()
             return
-        if step < self._first or step % self._every:
+        if step < self._first(state) or step % self._every:
             return
         if self.method == "ema":
             if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # an overflow in fp16
@@ -294,6 +298,16 @@ class WeightAverageCallback(AveragedWeightsCallback):
         write(self._trained() | self._norm_statistics(), values)
         if self.bn == "recalibrate" and batch_norms(self._model):
             recalibrate(self.trainer, self._model, self.bn_batches)
+
+    def finish(self, run: Run) -> None:
+        """Put the average in the place of the weights, and say so where there is none."""
+        super().finish(run)
+        if self.replace_weights and not self.averaged():
+            warnings.warn(
+                f"weight_average: the run ended at step {run.state.global_step} before the first sample: the "
+                "model has its raw weights",
+                stacklevel=2,
+            )
 
     def undo(self) -> None:
         """Let the buffers go."""

@@ -110,7 +110,7 @@ def build_fp16(
     optimizer = "adamw_torch_fused" if unseen else "adamw_torch"
     trainer = build(folder, *callbacks, others=others, fp16=True, optim=optimizer, **options)
     accelerator: Any = trainer.accelerator
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=2.0**8)
     accelerator.native_amp = True
     return trainer
 

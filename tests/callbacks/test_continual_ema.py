@@ -575,6 +575,57 @@ def test_where_gradients_cannot_be_seen_it_is_refused(kind: str) -> None:
         ContinualEMACallback().begin(run)
 
 
+def test_an_optimizer_that_leaves_no_gradient_is_refused(tmp_path: Path) -> None:
+    class LayerWiseSGD(torch.optim.SGD): ...
+
+    class Unnamed(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            self.zero_grad()
+
+    for kind, text in ((LayerWiseSGD, "steps after the backward pass"), (Unnamed, "none has been there yet")):
+        model = tiny_model()
+        trainer = build(tmp_path, ContinualEMACallback(), model=model)
+        trainer.optimizer = kind(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=f"optim must be one that .*{text}"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+def test_weights_that_were_handed_over_are_handed_over_anew_around_an_evaluation(tmp_path: Path) -> None:
+    class Generates(TrainerCallback):
+        """As TRL's trainers with vLLM do: weights go there when the step is another than the last time."""
+
+        seen: list[tuple[int, bool]] = []
+
+        def generate(self, trainer: Any) -> None:
+            self.seen.append(
+                (trainer.state.global_step, trainer.state.global_step != trainer._last_loaded_step)
+            )
+            trainer._last_loaded_step = trainer.state.global_step
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.generate(trainer)
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.generate(trainer)
+
+    generates = Generates()
+    options: dict[str, Any] = {
+        "max_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+    }
+    options |= {"per_device_eval_batch_size": 2, "save_strategy": "no"}
+    trainer: Any = build(tmp_path, ContinualEMACallback(), others=[generates], **options)
+    trainer._last_loaded_step = -1
+    trainer.train()
+    evaluation = [True, False]
+    expected = [*evaluation, True, *evaluation, True, *evaluation]
+    assert [anew for _, anew in generates.seen] == expected
+
+
 def test_large_buffers_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_ext.callbacks.continual_ema.LARGE", 16)
     with pytest.warns(UserWarning, match="two fp32 copies of each trained tensor"):
@@ -655,3 +706,6 @@ def test_what_cannot_be_routed_is_refused() -> None:
         TfidfRouter().add("a", ["...", ""])
     with pytest.raises(ValueError, match="instructions must be at least one"):
         TfidfRouter().similarities([])
+    for call in (lambda: TfidfRouter().add("a", "Sort the list."), lambda: TfidfRouter().similarities("ab")):
+        with pytest.raises(ValueError, match="instructions must be a list of texts, not one text"):
+            call()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from hf_ext.callbacks import HypergradientCallback, agreement
-from tests.callbacks.runs import MIDDLE, build, equal, logged, parameters, rows, tiny_model
+from hf_ext.callbacks import ContinualEMACallback, HypergradientCallback, agreement
+from hf_ext.callbacks._local_updates import _mean_of_finite_
+from tests.callbacks.runs import BEST, MIDDLE, Bumpy, build, equal, logged, parameters, rows, tiny_model
 from tests.conftest import REPOSITORY
 from tests.reference import hypergradient as reference
 
@@ -218,6 +223,110 @@ def test_a_round_that_is_not_finite_is_left_out_and_three_end_the_run(tmp_path: 
         ValueError, match=r"not finite at the end of a round, for the 3\. time.*learning_rate"
     ):
         worse.train()
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "GM", "local": "CL"}, {"local": "CL"}])
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_one_batch_that_is_no_number_costs_one_round(
+    settings: dict[str, Any], optim: str, tmp_path: Path
+) -> None:
+    callback = HypergradientCallback(local_steps=2, **settings)
+    model = Broken(range(5, 6))
+    options: dict[str, Any] = {"optim": optim, "max_grad_norm": 0.0, "save_strategy": "no"}
+    trainer = build(tmp_path, callback, model=model, **options)
+    trainer.train()
+    assert torch.isfinite(model.w).all()
+    assert callback.failures == 1
+    assert math.isfinite(callback.beta)
+    assert all(map(math.isfinite, logged(trainer, "hypergradient/agreement")))
+
+
+def test_statistics_are_a_mean_of_those_that_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [torch.tensor(1.0), torch.tensor([4.0, 6.0])]  # of another process: how many, and the sum
+
+    def summed(tensor: Tensor) -> Tensor:
+        return tensor + others[0 if tensor.dim() == 0 else 1]
+
+    monkeypatch.setattr("hf_ext.callbacks._local_updates.dist.all_reduce_sum_", summed)
+    own, broken = torch.tensor([2.0, 0.0]), torch.tensor([torch.nan, 0.0])
+    for buffer in (own, broken):
+        _mean_of_finite_(buffer)
+    assert own.tolist() == [3.0, 3.0]
+    assert broken.tolist() == [4.0, 6.0]
+    others[:] = [torch.tensor(0.0), torch.zeros(2)]
+    _mean_of_finite_(broken := torch.tensor([torch.inf, 1.0]))
+    assert broken.tolist() == [torch.inf, 1.0]
+
+
+def test_local_rates_look_at_the_displacement_and_not_at_the_momentum() -> None:
+    callback = HypergradientCallback(variant="GM", local="CL")
+    rounds(callback, vector(0.0, 0.0), vector(1.0, 0.0), vector(0.0, 1.0))
+    assert callback.shared_state()["before"]["w"].tolist() == pytest.approx([0.9, 1.0])
+    for _ in range(2):
+        callback._correct(vector(0.0, 1.0))
+    assert callback.beta == pytest.approx(1.1)  # 1 + 0.1 (1 + 1), held; 1.174 of the momentum is held too
+    callback.beta = 1.0
+    callback.kappa_local = 0.01
+    callback._correct(vector(0.0, 1.0))
+    assert callback.beta == pytest.approx(1.02)
+    assert sorted(callback.shared_state()) == ["before", "displacement"]
+
+
+class Patience(TrainerCallback):
+    """Stops a run from an evaluation."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_run_that_an_evaluation_stops_keeps_the_best_checkpoint(tmp_path: Path) -> None:
+    others = [Patience(7)]
+    options: dict[str, Any] = {"load_best_model_at_end": True, **BEST}
+    trainer = build(tmp_path, HypergradientCallback(local_steps=4), others=others, **options)
+    Bumpy(trainer)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint or "")
+    assert best.name == f"checkpoint-{MIDDLE}"
+    stored = dict(type(tiny_model()).from_pretrained(best).named_parameters())
+    assert equal(parameters(trainer), stored)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_last_round_leaves_the_average_that_was_evaluated(first: bool, tmp_path: Path) -> None:
+    pair = [ContinualEMACallback(coefficient=0.3), HypergradientCallback(local_steps=4)]
+    options: dict[str, Any] = {**BEST, "save_strategy": "no"}
+    trainer = build(tmp_path, *(pair if first else pair[::-1]), others=[Patience(7)], **options)
+    bumpy = Bumpy(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 7
+    assert equal(parameters(trainer), bumpy.seen[-1])
+
+
+def test_nothing_is_held_after_a_run(tmp_path: Path) -> None:
+    callback = HypergradientCallback(variant="GM", local="CL", local_steps=2)
+    trainer = build(tmp_path, callback, save_strategy="no")
+    held = weakref.ref(trainer.model.model.norm.weight)
+    trainer.train()
+    del trainer
+    gc.collect()
+    assert held() is None
+    assert not any(
+        isinstance(t, Tensor) for v in vars(callback).values() if isinstance(v, dict) for t in v.values()
+    )
+
+
+@pytest.mark.parametrize("settings", [{"variant": "SL"}, {"local": "CL"}])
+def test_local_rates_need_an_optimizer_that_steps_by_itself(settings: dict[str, Any], tmp_path: Path) -> None:
+    class LayerWiseSGD(torch.optim.SGD): ...
+
+    model = tiny_model()
+    trainer = build(tmp_path, HypergradientCallback(**settings), model=model)
+    trainer.optimizer = LayerWiseSGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optim must be one that steps after the backward pass"):
+        trainer.train()
 
 
 def test_local_rates_need_weights_that_can_hold_their_steps(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from hf_ext.callbacks import WeightAverageCallback
+from hf_ext.callbacks import AdaptiveBatchSizeCallback, WeightAverageCallback
 from hf_ext.callbacks._base import Run
 from hf_ext.core.state import load_state
 from tests.callbacks.runs import BEST, MIDDLE, STEPS, Bumpy, StopAt, build, equal, logged, parameters
@@ -73,9 +74,31 @@ def test_the_steps_of_the_samples() -> None:
     ema = Loop([5.0], steps=4, start=0.5, decay=0.5)  # from the weights of step 2 on
     assert walk(ema, 1, 2, 3, 4) == [None, 2.0, 2.5, 3.25]
     assert Loop([0.0], method="swa").callback._every == 100
-    assert Loop([0.0], method="swa").callback._first == 75
-    lawa = Loop([0.0], method="lawa").callback
-    assert (lawa._every, lawa._first) == (1, 0)
+    swa = Loop([0.0], method="swa")
+    assert swa.callback._first(swa.state) == 75
+    lawa = Loop([0.0], method="lawa")
+    assert (lawa.callback._every, lawa.callback._first(lawa.state)) == (1, 0)
+
+
+def test_samples_of_a_run_that_a_growing_batch_makes_shorter(tmp_path: Path) -> None:
+    grows = AdaptiveBatchSizeCallback(batch_max=32, eta=0.1)
+    swa = WeightAverageCallback(method="swa", every=1)
+    trainer = build(tmp_path, grows, swa, max_steps=64, save_strategy="no", gradient_accumulation_steps=2)
+    trainer.train()
+    end = trainer.state.global_step
+    assert end < 48  # 0.75 of the settings' length
+    assert logged(trainer, "weight_average/samples")[-1] == end - math.ceil(0.75 * end) + 1
+
+
+def test_a_run_that_ends_before_the_first_sample_says_so(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    swa = WeightAverageCallback(method="swa", every=1)
+    trainer = build(tmp_path, swa, others=[Stop()], save_strategy="no")
+    with pytest.warns(UserWarning, match="step 3 before the first sample: the model has its raw weights"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("warmup", [False, True])
@@ -287,7 +310,7 @@ def test_the_best_checkpoint_before_the_first_sample(tmp_path: Path) -> None:
     trainer = build(tmp_path, callback, load_best_model_at_end=True, **BEST)
     bumpy = Bumpy(trainer)
     trainer.train()
-    assert callback._first > MIDDLE
+    assert callback._first(trainer.state) > MIDDLE
     assert equal(parameters(trainer), bumpy.seen[MIDDLE - 1])  # then the raw weights were evaluated
 
 

@@ -73,9 +73,8 @@ def train(
                 theta = [a + b for a, b in zip(theta, u, strict=True)]
                 if local == "CL" and last is not None:
                     a = agreement(u, last, kind)
-                    reference = velocity if variant == "GM" else before
-                    if reference is not None:
-                        a += agreement(u, reference, kind) / processes
+                    if before is not None:
+                        a += agreement(u, before, kind) / processes
                     if additive:
                         beta = clipped(beta + kappa * a, 1 / gamma_beta, gamma_beta)
                     else:
