@@ -19,10 +19,25 @@ from typing import Any
 
 from transformers.trainer_callback import CallbackHandler, TrainerState
 
-__all__ = ["TrainerSeams", "announce_callbacks", "checkpoint_of", "remember_checkpoint"]
+__all__ = [
+    "TrainerSeams",
+    "announce_callbacks",
+    "checkpoint_of",
+    "date_marks",
+    "has_own_scheduler",
+    "is_marked",
+    "remember_checkpoint",
+    "remember_run",
+    "run_folder",
+    "set_mark",
+]
 
 _MARK = "_hf_ext_wrapped"
+# Attributes of a `TrainerState`, and no fields of it: they are not saved.
 _FOLDER = "_hf_ext_checkpoint"
+_RUN_FOLDER = "_hf_ext_run_folder"
+_OWN_SCHEDULER = "_hf_ext_own_scheduler"
+_MARKS = "_hf_ext_marks"
 
 
 def remember_checkpoint() -> None:
@@ -34,7 +49,7 @@ def remember_checkpoint() -> None:
     @functools.wraps(original)
     def load_from_json(cls: type[TrainerState], json_path: str) -> TrainerState:
         state = original(cls, json_path)
-        setattr(state, _FOLDER, Path(json_path).resolve().parent)  # no field: it is not saved
+        setattr(state, _FOLDER, Path(json_path).resolve().parent)
         return state
 
     setattr(load_from_json, _MARK, True)
@@ -44,6 +59,72 @@ def remember_checkpoint() -> None:
 def checkpoint_of(state: TrainerState) -> Path | None:
     """Return the checkpoint folder that a state was read from, or None for that of a new run."""
     return getattr(state, _FOLDER, None)
+
+
+def remember_run() -> None:
+    """Let a `TrainerState` know of its trainer what callbacks on events are not told."""
+    original = TrainerState.init_training_references
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def init_training_references(
+        self: TrainerState, trainer: Any, max_steps: int, num_train_epochs: int, trial: Any
+    ) -> None:
+        original(self, trainer, max_steps, num_train_epochs, trial)
+        setattr(self, _RUN_FOLDER, trainer._get_output_dir(trial))
+        own = trainer.lr_scheduler is not None and not trainer._created_lr_scheduler
+        setattr(self, _OWN_SCHEDULER, own)
+
+    setattr(init_training_references, _MARK, True)
+    TrainerState.init_training_references = init_training_references
+
+
+def run_folder(state: TrainerState) -> Path | None:
+    """Return the folder that a run's checkpoints lie in: that of the trial in a hyperparameter search."""
+    folder = getattr(state, _RUN_FOLDER, None)
+    return None if folder is None else Path(folder)
+
+
+def has_own_scheduler(state: TrainerState) -> bool:
+    """Return whether the run's scheduler was given to the Trainer, which makes one otherwise."""
+    return getattr(state, _OWN_SCHEDULER, False)
+
+
+def date_marks() -> None:
+    """Let each mark that was set in a run be saved with the step that it is saved at."""
+    original = TrainerState.save_to_json
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def save_to_json(self: TrainerState, json_path: str) -> None:
+        marks: Any = self.stateful_callbacks
+        for name in getattr(self, _MARKS, ()):
+            marks[name] = {"args": {}, "attributes": {"step": self.global_step}}
+        original(self, json_path)
+
+    setattr(save_to_json, _MARK, True)
+    TrainerState.save_to_json = save_to_json
+
+
+def set_mark(state: TrainerState, name: str) -> None:
+    """Mark each checkpoint that is saved from now on; a run without this call hands old marks on as they are.
+
+    Upstream's restoring of callbacks passes a mark over, as no class has its name.
+    """
+    marks: Any = state.stateful_callbacks
+    marks[name] = {"args": {}, "attributes": {}}
+    setattr(state, _MARKS, getattr(state, _MARKS, frozenset()) | {name})
+
+
+def is_marked(state: TrainerState, name: str) -> bool:
+    """Return whether the checkpoint that a state was read from was saved by a run that had set the mark."""
+    marks: Any = state.stateful_callbacks or {}
+    if name not in marks:
+        return False
+    # Checkpoints of earlier versions hold no step.
+    return marks[name]["attributes"].get("step", state.global_step) == state.global_step
 
 
 def announce_callbacks() -> None:

@@ -6,8 +6,8 @@ as it needs them, and any of transformers' events but `on_train_begin`, `on_trai
 `on_log`, which are the base's.
 
 In a checkpoint: `hf_ext_<name>.json`, with `hf_ext_<name>.safetensors` where the state has tensors; a
-callback with `per_rank` has one such pair for each process. `trainer_state.json` marks that they belong to
-it, so that a checkpoint which was cut short is told from one of a run without the callback.
+callback with `per_rank` has one such pair for each process. `trainer_state.json` marks, with the step, that
+they belong to it, so that a checkpoint which was cut short is told from one of a run without the callback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from .._compat.transformers import announce_callbacks, checkpoint_of, remember_checkpoint
+from .._compat.transformers import (
+    announce_callbacks,
+    checkpoint_of,
+    date_marks,
+    has_own_scheduler,
+    is_marked,
+    remember_checkpoint,
+    remember_run,
+    run_folder,
+    set_mark,
+)
 from ..core import dist
 from ..core.checks import check, check_fields
 from ..core.devices import stacked
@@ -34,6 +44,8 @@ from ..core.registry import MethodInfo, Variant, register
 from ..core.state import load_state, save_state
 
 remember_checkpoint()
+remember_run()
+date_marks()
 announce_callbacks()
 
 C = TypeVar("C", bound="type[Callback]")
@@ -63,8 +75,13 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        """Folder of the run."""
-        return Path(self.args.output_dir or ".")
+        """Folder of the run, in which its checkpoints lie."""
+        return run_folder(self.state) or Path(self.args.output_dir or ".")
+
+    @property
+    def own_scheduler(self) -> bool:
+        """Whether the learning-rate scheduler was given to the Trainer, and not made by it."""
+        return has_own_scheduler(self.state)
 
     @property
     def optimizer_name(self) -> str:
@@ -228,9 +245,7 @@ class Callback(TrainerCallback):
         run = self._run(args, state, control, kwargs, None if warm is None else Path(warm))
         if state.global_step > 0:
             self._restore(run)
-        # Saved in trainer_state.json; no class has this name, so that upstream's restoring passes it over.
-        marks: Any = state.stateful_callbacks
-        marks[self._mark] = {"args": {}, "attributes": {}}
+        set_mark(state, self._mark())
         self._running = True
         try:
             self.begin(run)
@@ -299,9 +314,14 @@ class Callback(TrainerCallback):
 
     # State ----------------------------------------------------------------------------------------
 
-    @property
-    def _mark(self) -> str:
-        return f"hf_ext.{self.info.name}"
+    @classmethod
+    def _mark(cls) -> str:
+        return f"hf_ext.{cls.info.name}"
+
+    @classmethod
+    def marked(cls, state: TrainerState) -> bool:
+        """Return whether the checkpoint that a trainer's state was read from is one of a run with this."""
+        return is_marked(state, cls._mark())
 
     def file_name(self) -> str:
         return f"hf_ext_{self.info.name}" + (f".rank{dist.rank()}" if self.per_rank else "")
@@ -337,7 +357,7 @@ class Callback(TrainerCallback):
                 f"{self.info.name}: training starts at step {run.state.global_step}, but not from a "
                 "checkpoint's trainer_state.json"
             )
-        if self._mark in (run.state.stateful_callbacks or {}):
+        if self.marked(run.state):
             self.load_state_dict(self.read_state(folder, run.state.global_step))
 
     def read_state(

@@ -10,6 +10,7 @@ the Trainer reads `scheduler.pt` with `weights_only=True`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,9 +22,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from ..core.checks import check
+from ..core.registry import methods
 from ._base import Callback, Run
 
 _PREFIX = "curve."
+_TWO_SCHEDULES = (
+    "optimizers=(..., scheduler) and a callback both set the learning rate; leave one of them out"
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -122,22 +127,54 @@ class LearningRateCallback(Callback):
 
     def reset(self) -> None:
         """Forget the curve of an earlier run."""
+        self._learning_rate: float | None = None  # the argument of the run that the curve was made for
         self.curve: Curve | None = None
         self._scheduler: LambdaLR | None = None
         self._replaced: list[Callable[[int], float]] = []
 
     def begin(self, run: Run) -> None:
-        """Put the curve in the place of the Trainer's."""
+        """Put the curve in the place of the Trainer's.
+
+        Raises:
+            ValueError: The scheduler is not the Trainer's, no rate is above 0, or the run is resumed from a
+                checkpoint of one that followed another callback's curve.
+        """
         check_scheduler(run.lr_scheduler)
+        if run.own_scheduler:
+            raise ValueError(_TWO_SCHEDULES)
+        _check_rates(run.lr_scheduler)
         resumed = self.curve is not None
+        if not resumed and run.state.global_step > 0:
+            self._refuse_other_schedule(run)
         if self.curve is None:
             self.curve = self.make_curve(run)
         else:
             self.curve = self._of_length(run, self.curve)
-        _warn_of_unused(run.args, run.lr_scheduler, type(self).__name__, resumed)
+        if not resumed:
+            self._learning_rate = run.args.learning_rate
+        _warn_of_unused(run.args, run.lr_scheduler, type(self).__name__, self._rate_is_new(run, resumed))
         self._scheduler = run.lr_scheduler
         self._replaced = list(run.lr_scheduler.lr_lambdas)
         follow(run.lr_scheduler, [self.curve] * len(self._replaced))
+
+    def _refuse_other_schedule(self, run: Run) -> None:
+        for info in methods("callback"):
+            other: Any = info.target
+            if other is type(self) or not self.owns & other.owns or not other.marked(run.state):
+                continue
+            raise ValueError(
+                f"the checkpoint of step {run.state.global_step} is one of a run whose learning rate "
+                f"{other.__name__} set, and {type(self).__name__} is to set it now: resume with "
+                f"{other.__name__}, or, where the schedule is to change, start a new run from the "
+                "checkpoint's model, without resume_from_checkpoint"
+            )
+
+    def _rate_is_new(self, run: Run, resumed: bool) -> bool:
+        """Return whether `learning_rate` was changed, and is not used: the checkpoint's rates are."""
+        given, before = run.args.learning_rate, self._learning_rate
+        if before is None:  # a checkpoint of an earlier version
+            return resumed and given not in run.lr_scheduler.base_lrs
+        return given != before and any(float(rate) != given for rate in run.lr_scheduler.base_lrs)
 
     def _of_length(self, run: Run, curve: Curve) -> Curve:
         before, steps = curve.length, run.state.max_steps
@@ -165,12 +202,14 @@ class LearningRateCallback(Callback):
         return int(self._scheduler.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the curve's fields."""
+        """Return the curve's fields, and the learning rate that the arguments had."""
         fields = {} if self.curve is None else self.curve.state_dict()
-        return {f"{_PREFIX}{name}": value for name, value in fields.items()}
+        named = {f"{_PREFIX}{name}": value for name, value in fields.items()}
+        return {**named, "learning_rate": self._learning_rate}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the curve."""
+        """Restore them."""
+        self._learning_rate = state.get("learning_rate")
         fields = {name: value for name, value in state.items() if name.startswith(_PREFIX)}
         self.curve = self.curve_from({name.removeprefix(_PREFIX): value for name, value in fields.items()})
 
@@ -190,9 +229,13 @@ def check_scheduler(scheduler: Any) -> None:
     for function in scheduler.lr_lambdas:
         module = getattr(getattr(function, "func", function), "__module__", "")
         if module != "transformers.optimization":
-            raise ValueError(
-                "optimizers=(..., scheduler) and a callback both set the learning rate; leave one of them out"
-            )
+            raise ValueError(_TWO_SCHEDULES)
+
+
+def _check_rates(scheduler: LambdaLR) -> None:
+    rates = [float(rate) for rate in scheduler.base_lrs]
+    fits = all(math.isfinite(rate) and rate >= 0.0 for rate in rates) and any(rates)
+    check(fits, "learning_rate", rates[0] if len(set(rates)) == 1 else rates, "above 0")
 
 
 def follow(scheduler: LambdaLR, functions: list[Any]) -> None:
@@ -210,11 +253,11 @@ def follow(scheduler: LambdaLR, functions: list[Any]) -> None:
     scheduler._last_lr = rates
 
 
-def _warn_of_unused(args: TrainingArguments, scheduler: LambdaLR, owner: str, resumed: bool) -> None:
+def _warn_of_unused(args: TrainingArguments, scheduler: LambdaLR, owner: str, new_rate: bool) -> None:
     chosen = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     unused = [f"lr_scheduler_type={chosen!r}"] if chosen != "linear" else []
     unused += [f"warmup_steps={args.warmup_steps!r}"] if args.warmup_steps else []
-    if resumed and args.learning_rate not in scheduler.base_lrs:
+    if new_rate:
         kept = ", ".join(f"{rate:g}" for rate in dict.fromkeys(map(float, scheduler.base_lrs)))
         unused.append(f"learning_rate={args.learning_rate:g} (the checkpoint's is {kept})")
     if unused:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback
 
 import hf_ext
@@ -57,12 +57,16 @@ def test_the_seams_exist_upstream_with_these_parameters() -> None:
         "evaluate": None,
         "_save_optimizer_and_scheduler": ["self", "output_dir"],
         "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+        "_get_output_dir": ["self", "trial"],
     }
     for name, wanted in expected.items():
         found = list(inspect.signature(getattr(Trainer, name)).parameters)
         assert wanted is None or found == wanted, name
     own = {name for name, value in vars(TrainerSeams).items() if callable(value)} - {"_having", "_through"}
-    assert own == set(expected) - {"_load_from_checkpoint"}
+    assert own == set(expected) - {"_load_from_checkpoint", "_get_output_dir"}
+    told = list(inspect.signature(TrainerState.init_training_references).parameters)
+    assert told == ["self", "trainer", "max_steps", "num_train_epochs", "trial"]
+    assert list(inspect.signature(TrainerState.save_to_json).parameters) == ["self", "json_path"]
 
 
 @pytest.mark.parametrize("other", [object(), TrainerCallback(), InfiniteLRCallback])

@@ -6,20 +6,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_ext._compat.transformers import checkpoint_of
 from hf_ext.callbacks import _base
 from hf_ext.callbacks._base import Callback, Neutral, Run, register_callback
 from hf_ext.core.registry import forget
-from tests.callbacks.runs import StopAt, build, equal, parameters
+from tests.callbacks.runs import SaveAt, StopAt, build, equal, parameters
 
 EVENTS: list[str] = []
+FOLDERS: list[Path] = []
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -52,6 +55,10 @@ class Counting(Callback):
         for group, decay in zip(self._groups, self._decays, strict=True):
             group["weight_decay"] = decay
 
+    def saved(self, run: Run, folder: Path) -> None:
+        assert folder.parent == run.output_dir
+        FOLDERS.append(run.output_dir)
+
     def finish(self, run: Run) -> None:
         EVENTS.append("finish")
 
@@ -70,6 +77,7 @@ class Counting(Callback):
 def _registered() -> Any:
     register_callback("counting", summary="counts", paper=None, neutral=Neutral({}, {}))(Counting)
     EVENTS.clear()
+    FOLDERS.clear()
     yield
     forget("callback", "counting")
 
@@ -217,6 +225,58 @@ def test_upstream_s_own_restoring_leaves_the_callback_alone(tmp_path: Path) -> N
 def test_a_run_without_the_callback_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     build(tmp_path, Counting()).train()
     build(tmp_path, others=[]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_run_without_the_callback_hands_no_mark_on(tmp_path: Path) -> None:
+    build(tmp_path / "with", Counting()).train()
+    start = str(tmp_path / "with" / "checkpoint-5")
+    build(tmp_path / "without", others=[SaveAt(8)]).train(resume_from_checkpoint=start)
+    again = Counting()
+    build(tmp_path / "again", again).train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-8"))
+    assert again.count == 2
+
+
+def test_a_mark_of_an_earlier_version_has_no_step(tmp_path: Path) -> None:
+    build(tmp_path, Counting()).train()
+    path = tmp_path / "checkpoint-5" / "trainer_state.json"
+    content = json.loads(path.read_text())
+    assert content["stateful_callbacks"]["hf_ext.counting"] == {"args": {}, "attributes": {"step": 5}}
+    content["stateful_callbacks"]["hf_ext.counting"]["attributes"] = {}
+    path.write_text(json.dumps(content))
+    again = Counting()
+    build(tmp_path, again).train(resume_from_checkpoint=str(path.parent))
+    assert again.count == 10
+
+
+# Hyperparameter search ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_each_trial_of_a_search_has_its_own_folder(
+    attach: bool, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As `hyperparameter_search` calls it, without a package that chooses the trials.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    callback = Counting()
+    trainer: Any = build(tmp_path, callback, attach=attach)
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    trainer.hp_name = (lambda trial: f"trial{trial.number}") if named else None
+    for number, factor in enumerate((1e-2, 1e-3)):
+        trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": factor}))
+        folder = tmp_path / (f"trial{number}" if named else f"run-{number}")
+        content = json.loads((folder / "checkpoint-5" / "hf_ext_counting.json").read_text())
+        assert content["scalars"]["state"] == {"count": 5}
+        assert [folder, folder] == FOLDERS
+        FOLDERS.clear()
+    assert sorted(path.name for path in tmp_path.iterdir()) == (
+        ["trial0", "trial1"] if named else ["run-0", "run-1"]
+    )
+    trainer.hp_search_backend = None
+    resumed = Counting()
+    last = tmp_path / ("trial1" if named else "run-1")
+    build(tmp_path / "again", resumed).train(resume_from_checkpoint=str(last / "checkpoint-5"))
+    assert resumed.count == 10
 
 
 def test_a_state_knows_the_checkpoint_that_it_was_read_from(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
+from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
+import hf_ext
 from hf_ext.callbacks import InfiniteLRCallback, RefinedLinearDecayCallback
+from hf_ext.callbacks._base import Callback
 from hf_ext.callbacks._schedule import Curve, check_scheduler, follow
-from tests.callbacks.runs import MIDDLE, build, logged, rows, tiny_model
+from tests.callbacks.runs import MIDDLE, SaveAt, build, logged, rows, tiny_model
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,6 +30,21 @@ class Falling(Curve):
 
 def sgd(lr: Any = 0.5) -> Any:
     return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=lr)
+
+
+def grouped(folder: Path, rates: tuple[float, float], **arguments: Any) -> Trainer:
+    """Return a trainer for two steps whose optimizer has two groups of parameters."""
+    model = tiny_model()
+    weights = list(model.parameters())
+    groups = [{"params": weights[:3], "lr": rates[0]}, {"params": weights[3:], "lr": rates[1]}]
+    settings: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none"}
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), disable_tqdm=True, **settings, **arguments),
+        train_dataset=rows(),
+        optimizers=(torch.optim.SGD(groups), None),
+        callbacks=[InfiniteLRCallback(warmup_steps=0, cooldown_steps=0)],
+    )
 
 
 def test_time_runs_at_the_pace_and_does_not_jump() -> None:
@@ -78,20 +96,62 @@ def test_a_scheduler_that_steps_at_evaluation_is_refused(tmp_path: Path) -> None
         trainer.train()
 
 
-def test_the_user_s_own_scheduler_is_refused(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    model = tiny_model()
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("made_by", ["user", "transformers"])
+def test_the_user_s_own_scheduler_is_refused(made_by: str, attach: bool, tmp_path: Path) -> None:
+    model, schedule = tiny_model(), InfiniteLRCallback()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = LambdaLR(optimizer, lambda _: 1.0)
+    if made_by == "transformers":  # with the very functions that the Trainer's own would have
+        own = get_linear_schedule_with_warmup(optimizer, 0, 2)
     trainer = Trainer(
         model,
         TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none"),
         train_dataset=rows(),
-        optimizers=(optimizer, LambdaLR(optimizer, lambda _: 1.0)),
-        callbacks=[InfiniteLRCallback()],
+        optimizers=(optimizer, own),
+        callbacks=[] if attach else [schedule],
     )
-    with pytest.raises(ValueError, match="both set the learning rate"):
+    if attach:
+        hf_ext.attach(trainer, schedule)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="both set the learning rate"):
+            trainer.train()
+
+
+def test_the_user_s_own_optimizer_is_not(tmp_path: Path) -> None:
+    trainer: Any = grouped(tmp_path, (0.3, 0.6))
+    for _ in range(2):
         trainer.train()
+        assert trainer.lr_scheduler.base_lrs == [0.3, 0.6]
+
+
+@pytest.mark.parametrize(("rates", "given"), [((0.0, 0.0), r"0\.0"), ((0.1, torch.nan), r"\[0\.1, nan\]")])
+def test_a_run_without_a_learning_rate_is_refused(rates: Any, given: str, tmp_path: Path) -> None:
+    trainer = grouped(tmp_path, rates)
+    with pytest.raises(ValueError, match=f"learning_rate must be above 0, got {given}"):
+        trainer.train()
+    grouped(tmp_path, (0.1, 0.0)).train()  # a group that is held back
+
+
+def test_a_learning_rate_of_zero_is_refused(tmp_path: Path) -> None:
+    trainer = build(tmp_path, InfiniteLRCallback(), learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"learning_rate must be above 0, got 0\.0"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0)])
+def test_a_checkpoint_of_another_schedule_is_refused(before: int, after: int, tmp_path: Path) -> None:
+    def schedule(which: int) -> Callback:
+        return (InfiniteLRCallback(), RefinedLinearDecayCallback(record=False))[which]
+
+    build(tmp_path, schedule(before)).train()
+    start, names = str(tmp_path / f"checkpoint-{MIDDLE}"), [type(schedule(i)).__name__ for i in (0, 1)]
+    said = f"learning rate {names[before]} set, and {names[after]} is to set it now: resume with"
+    with pytest.raises(ValueError, match=said):
+        build(tmp_path, schedule(after)).train(resume_from_checkpoint=start)
+    # A run in between followed neither: what came before it does not bind.
+    build(tmp_path / "plain", others=[SaveAt(8)]).train(resume_from_checkpoint=start)
+    build(tmp_path, schedule(after)).train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-8"))
 
 
 @pytest.mark.parametrize("arguments", [{"lr_scheduler_type": "cosine"}, {"warmup_steps": 3}])
@@ -110,6 +170,17 @@ def test_another_learning_rate_on_resume_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"learning_rate=0\.5 \(the checkpoint's is 0\.01\) is not used"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert max(logged(trainer, "learning_rate")) <= 0.01
+
+
+def test_rates_of_groups_are_no_other_learning_rate(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    grouped(tmp_path, (0.3, 0.6)).train()
+    start = str(tmp_path / "checkpoint-1")
+    grouped(tmp_path, (0.3, 0.6)).train(resume_from_checkpoint=start)
+    assert not [str(w.message) for w in recwarn if "sets the learning rate" in str(w.message)]
+    changed = grouped(tmp_path, (0.3, 0.6), learning_rate=0.3)
+    said = r"learning_rate=0\.3 \(the checkpoint's is 0\.3, 0\.6\) is not used"
+    with pytest.warns(UserWarning, match=said):
+        changed.train(resume_from_checkpoint=start)
 
 
 # A run of another length than its checkpoint's -----------------------------------------------------

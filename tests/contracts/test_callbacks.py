@@ -26,6 +26,7 @@ from tests.callbacks.runs import (
     STEPS,
     SaveAt,
     StopAt,
+    annealing,
     build,
     build_fp16,
     equal,
@@ -77,7 +78,7 @@ def test_numbers_are_finite(info: MethodInfo) -> None:
     for name in numbers:
         for value in (math.inf, math.nan):
             with pytest.raises(ValueError, match=rf"\b{name}\b"):
-                make(info, **{name: value})
+                make(info, **{**info.test_kwargs, name: value})
 
 
 @pytest.mark.parametrize("info", CALLBACKS)
@@ -176,6 +177,20 @@ def test_killed_and_resumed_equals_one_run(
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.log_history[MIDDLE - 1]["step"] == MIDDLE
     assert equal(parameters(resumed), parameters(whole))
+
+
+def test_killed_within_an_anneal_and_resumed_equals_one_run(killed: Path, tmp_path: Path) -> None:
+    whole = build(tmp_path, annealing())
+    whole.train()
+    folder = killed / "annealing"
+    resumed = build(folder, annealing())
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed, "infinite_lr/phase") == [0, 1, 2, *[3] * 6]
+    assert resumed.state.log_history[MIDDLE - 1]["step"] == MIDDLE
+    assert equal(parameters(resumed), parameters(whole))
+    # What it had kept before is whole too.
+    branches = [state_files(out / "infinite_branch") for out in (folder, tmp_path)]
+    assert branches[0] == branches[1] != {}
 
 
 @pytest.mark.parametrize("info", CALLBACKS)
