@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,15 +20,19 @@ if TYPE_CHECKING:
     from .recipe import Job
 
 
-def build_callbacks(job: Job) -> list[Callback]:
+def build_callbacks(job: Job, checkpoint: Path | None) -> list[Callback]:
     """Return the callbacks that a recipe names.
+
+    Args:
+        job: The recipe.
+        checkpoint: Folder to resume from, or None. A callback with a state in it reads no other files again.
 
     Raises:
         ValueError: A name or a field is unknown (close matches are offered), a value is out of range, what a
             field points to is missing, or two callbacks steer the same thing.
         TypeError: A value does not have its field's type.
     """
-    built = [_build(job, name, given or {}) for name, given in job.recipe.callbacks.items()]
+    built = [_build(job, checkpoint, name, given or {}) for name, given in job.recipe.callbacks.items()]
     try:
         refuse_conflicts(built)
     except ValueError as error:
@@ -35,7 +40,7 @@ def build_callbacks(job: Job) -> list[Callback]:
     return built
 
 
-def _build(job: Job, name: str, given: dict[str, Any]) -> Callback:
+def _build(job: Job, checkpoint: Path | None, name: str, given: dict[str, Any]) -> Callback:
     prefix, known = f"callbacks.{name}", registry.names("callback")
     try:
         if name not in known:
@@ -48,7 +53,8 @@ def _build(job: Job, name: str, given: dict[str, Any]) -> Callback:
     settings = check_fields(given, own, where=job.where, prefix=f"{prefix}.")
     try:
         callback = cls(**settings)
-        callback.check_files()
+        if checkpoint is None or not (checkpoint / f"{callback.file_name()}.json").is_file():
+            callback.check_files()
     except (ValueError, TypeError, OSError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{job.where}: {prefix}.{error}") from error

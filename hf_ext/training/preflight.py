@@ -92,7 +92,7 @@ def prepare(job: Job, args: TrainingArguments) -> Prepared:
     _check_push(job)
     adapter = build_adapter(job)
     _check_outputs(job, adapter)
-    callbacks = build_callbacks(job)
+    callbacks = build_callbacks(job, checkpoint)
     model = skeleton(job, args)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = check_targets(job, model, adapter)

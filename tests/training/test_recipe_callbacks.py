@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_ext.callbacks import RefinedLinearDecayCallback
 from hf_ext.cli import main
 from hf_ext.core.files import read_tensors
 from hf_ext.core.registry import MethodInfo
+from tests.callbacks.runs import build
 from tests.registry_cases import methods
 
 Recipes = Callable[..., str]
@@ -59,17 +61,27 @@ def test_fields_on_the_command_line_win_and_the_card_tells_them(tmp_path: Path, 
     assert "0.2" in text
 
 
-def test_a_resumed_recipe_is_bit_equal(tmp_path: Path, recipe: Recipes) -> None:
-    path = recipe(**BARE, callbacks={"infinite_lr": {"anneal_start": 7}})
+def test_a_resumed_recipe_is_bit_equal_and_reads_no_norms_again(
+    tmp_path: Path, recipe: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    build(first, RefinedLinearDecayCallback(), save_strategy="no").train()
+    path = recipe(**BARE, callbacks={"refined_linear_decay": {"mode": "refined", "norms": str(first)}})
     assert main(["train", path]) == 0
     out = tmp_path / "out"
     whole = read_tensors(out / "adapter" / "adapter_model.safetensors")
-    for folder in ("checkpoint-10", "adapter"):
-        shutil.rmtree(out / folder)
-    assert main(["train", path, "--resume_from_checkpoint", str(out / "checkpoint-8")]) == 0
+    for folder in (first, out / "checkpoint-10", out / "adapter"):
+        shutil.rmtree(folder)
+    resume = ["train", path, "--resume_from_checkpoint", str(out / "checkpoint-8")]
+    assert main(resume) == 0
     again = read_tensors(out / "adapter" / "adapter_model.safetensors")
     assert all(whole[name].equal(tensor) for name, tensor in again.items())
     assert set(whole) == set(again)
+    # A checkpoint without the curve needs the norms.
+    (out / "checkpoint-8" / "hf_ext_refined_linear_decay.json").unlink()
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "callbacks.refined_linear_decay.norms" in capsys.readouterr().err
 
 
 BAD: dict[str, tuple[Any, list[str]]] = {
