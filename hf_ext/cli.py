@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     refine.add_argument("--norm", default="auto", help="l1, l2, or auto for what suits the optimizer")
     refine.add_argument("--tau", type=float, default=0.1, help="median window as a share of the run (0.1)")
     refine.add_argument("--keep-zero", action="store_true", help="end with a rate of 0, as in the paper")
+    refine.add_argument("--allow-partial", action="store_true", help="take a run that was ended early")
     predict = _command(
         schedules,
         "predict",
@@ -312,7 +313,15 @@ def _info(parsed: argparse.Namespace) -> int:
 def _refine(parsed: argparse.Namespace) -> int:
     from .training.refine import refine_run
 
-    found = refine_run(parsed.run_dir, norm=parsed.norm, tau=parsed.tau, drop_zero=not parsed.keep_zero)
+    found = refine_run(
+        parsed.run_dir,
+        norm=parsed.norm,
+        tau=parsed.tau,
+        drop_zero=not parsed.keep_zero,
+        allow_partial=parsed.allow_partial,
+    )
+    for note in found.notes:
+        _say(f"note: {note}")
     _say(found.summary())
     for path in found.files:
         _say(f"wrote {path}")

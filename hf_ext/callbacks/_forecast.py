@@ -105,9 +105,9 @@ class AnnealingLaw:
             resamples: Refits of the bootstrap; 0 for a law without intervals.
 
         Raises:
-            ValueError: Fewer than 20 points; forward areas within a factor of 4; a loss that is not finite or
-                not above 0; losses that follow no power law; a trace that does not begin with its run; a
-                setting outside its range.
+            ValueError: Fewer than 20 points, or a run without any; forward areas within a factor of 4; a loss
+                that is not finite or not above 0; losses that follow no power law; a trace that does not
+                begin with its run; a setting outside its range.
         """
         traces = [traces] if isinstance(traces, LossTrace) else list(traces)
         check(bool(traces), "traces", traces, "at least one")
@@ -115,9 +115,18 @@ class AnnealingLaw:
         eta_ref = max(trace.peak for trace in traces)
         check(eta_ref > 0.0, "rates", eta_ref, "of a run with a rate above 0")
         _warn_of_contexts([trace.context for trace in traces], "the runs differ in")
+        names = [trace.name or f"run {i} of {len(traces)}" for i, trace in enumerate(traces, start=1)]
+        if len(traces) == 1:  # there is no other that could be meant
+            names = [""]
         fits = []
         for decay in LAMBDAS if fit_lambda else (lam,):
-            parts = [_points(trace, eta_ref, decay, fit_from) for trace in traces]
+            parts = [
+                _points(trace, eta_ref, decay, fit_from, name)
+                for trace, name in zip(traces, names, strict=True)
+            ]
+            for name, part in zip(names, parts, strict=True):
+                rule = "measured after the warm-up in each run; leave out a run that has none"
+                check(not name or len(part[0]) > 0, "losses", "none", rule, where=name)
             x, y, losses = (torch.cat(column) for column in zip(*parts, strict=True))
             _check_points(x, losses)
             anneals = bool(y.abs().max() > NO_ANNEALING)
@@ -152,7 +161,7 @@ class AnnealingLaw:
             delta=delta,
             objective=objective,
             condition=_condition(law, x, y, losses, anneals),
-            curves=[_diagnostics(law, *part) for part in parts if len(part[0])],
+            curves=[_diagnostics(law, *part) for part in parts],
             context=dict(traces[0].context),
             draws=torch.cat([laws, noise[:, None]], dim=1).tolist(),
         )
@@ -194,12 +203,7 @@ class AnnealingLaw:
                 stacklevel=2,
             )
         x, y = self._areas(rates, warmup_steps, trim_zero)
-        if float(x[-1]) * self.eta_ref > FAR * self.forward_range[1]:
-            ratio = float(x[-1]) * self.eta_ref / self.forward_range[1]
-            warnings.warn(
-                f"the schedule's forward area is {ratio:.0f} times the fitted one: an extrapolation",
-                stacklevel=2,
-            )
+        self._warn_of_extrapolation(float(x[-1]) * self.eta_ref)
         curve = law_loss(self._law(), x, y)
         return torch.cat([curve, curve[-1:].expand(len(rates) - len(curve))])
 
@@ -253,6 +257,20 @@ class AnnealingLaw:
             check(float(y.abs().max()) <= NO_ANNEALING, "schedule", "one that anneals", rule)
         return x, y
 
+    def _warn_of_extrapolation(self, area: float) -> None:
+        low, high = self.forward_range
+        if area > FAR * high:
+            warnings.warn(
+                f"the schedule's forward area is {area / high:.0f} times the fitted one: an extrapolation",
+                stacklevel=3,
+            )
+        if area < low:
+            warnings.warn(
+                f"the schedule's forward area ends at {area / low:.2g} of where the fitted losses begin: an "
+                "extrapolation to the beginning of a run, which the law does not describe",
+                stacklevel=3,
+            )
+
     def _checked(self, rates: Sequence[float] | Tensor, allow_peak_change: bool) -> Tensor:
         rates = torch.as_tensor(rates, dtype=torch.float64)
         check(rates.ndim == 1 and len(rates) >= 1, "rates", tuple(rates.shape), "a series of numbers")
@@ -296,18 +314,19 @@ def check_fit_settings(lam: float, delta: float, fit_from: int | None, resamples
 
 
 def _points(
-    trace: LossTrace, eta_ref: float, lam: float, fit_from: int | None
+    trace: LossTrace, eta_ref: float, lam: float, fit_from: int | None, name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the areas and losses (n,) of a trace's points that a fit uses."""
     rule = "1: the trace must be of a run that recorded from its first update on"
-    check(trace.first_step == 1, "first_step", trace.first_step, rule)
+    check(trace.first_step == 1, "first_step", trace.first_step, rule, where=name)
     start = trace.warmup + max(1, math.ceil(SKIPPED * len(trace.rates))) if fit_from is None else fit_from
     used = (trace.steps >= start) & (trace.steps <= _with_rate(trace.rates))
     steps, losses = trace.steps[used], trace.losses[used]
     bad = (~losses.isfinite() | (losses <= 0.0)).nonzero()
     if len(bad):
         step, value = int(steps[bad[0, 0]]), float(losses[bad[0, 0]])
-        check(False, "losses", value, "finite and above 0", where=f"after update {step}")
+        place = f"{name}, after update {step}" if name else f"after update {step}"
+        check(False, "losses", value, "finite and above 0", where=place)
     if not len(steps):
         return losses, losses, losses
     forward, annealing = areas(without_warmup(trace.rates, trace.warmup_steps) / eta_ref, lam)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from ..core.checks import check, refuse_unknown
+from ..core.checks import check, check_fields, refuse_unknown
 from ..core.state import load_state
 from ._annealing_fit import rising_steps
 from ._schedule import Curve
@@ -32,6 +35,7 @@ class LossTrace:
         first_step: Optimizer step of the first rate; a fit needs 1.
         warmup_steps: Updates of the warm-up; None for the first stretch that rises at each update.
         context: What the law depends on: model, optimizer, batch_size, weight_decay, and the like.
+        name: What errors call the run, such as its folder; it is not part of what was recorded.
     """
 
     rates: Tensor
@@ -40,6 +44,7 @@ class LossTrace:
     first_step: int = 1
     warmup_steps: int | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     def __post_init__(self) -> None:
         check(len(self.steps) == len(self.losses), "losses", len(self.losses), f"{len(self.steps)} numbers")
@@ -124,13 +129,13 @@ class SmoothedLoss:
         self.place = self.keep * self.place + new * ((first + last) / 2.0 - 1.0)
         return self.place / self.weight, self.loss / self.weight
 
-    def state_dict(self) -> dict[str, float]:
-        """Return the sums."""
-        return {"weight": self.weight, "loss": self.loss, "place": self.place}
+    def sums(self) -> Tensor:
+        """Return the sums (3,), float64: a tensor, for a loss that is no number is none in JSON."""
+        return torch.tensor([self.weight, self.loss, self.place], dtype=torch.float64)
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore them."""
-        self.weight, self.loss, self.place = state["weight"], state["loss"], state["place"]
+    def restore(self, sums: Tensor) -> None:
+        """Go on from the sums of another mean."""
+        self.weight, self.loss, self.place = sums.tolist()
 
 
 def check_smooth(smooth: float, *, training: bool) -> None:
@@ -188,9 +193,8 @@ def recorded_trace(folder: str | Path) -> LossTrace:
             tensors.keys()
         ):
             names = [entry.name for entry in dataclasses.fields(LossTrace)]
-            return LossTrace(
-                **{name: value for name, value in {**tensors, **scalars}.items() if name in names}
-            )
+            fields = {key: value for key, value in {**tensors, **scalars}.items() if key in names}
+            return LossTrace(**{**fields, "name": str(folder)})
         raise ValueError(f"{Path(folder) / name}.json does not hold a trace of learning rates and losses")
     raise ValueError(f"{folder} holds no trace of a run ({TRACE}.json); train with AnnealingLawCallback()")
 
@@ -215,7 +219,9 @@ def schedule_rates(name: str, steps: int, peak: float, *, warmup_steps: int = 0,
         (steps,), float64.
 
     Raises:
-        ValueError: The name is unknown, or the schedule depends on more than the step.
+        ValueError: The name or an option is unknown, the schedule depends on more than the step, or its
+            phases are longer than the run.
+        TypeError: An option is not of its type.
     """
     check(steps >= 1, "steps", steps, "at least 1")
     check(peak > 0.0, "peak", peak, "above 0")
@@ -225,8 +231,10 @@ def schedule_rates(name: str, steps: int, peak: float, *, warmup_steps: int = 0,
         name, options = "warmup_stable_decay", {"decay_type": "linear", **options}
     if name not in known:
         refuse_unknown("schedule", name, {*known, "wsd"})
+    options = check_fields(options, _options(name), where=f"schedule {name!r}")
     if name == "warmup_stable_decay":
-        options = {"num_decay_steps": max(1, round(0.2 * steps)), **options}
+        options = {"num_decay_steps": max(1, min(round(0.2 * steps), steps - warmup_steps)), **options}
+        _check_phases(steps, warmup_steps, options)
     if name.endswith("with_min_lr") and not {"min_lr", "min_lr_rate"} & options.keys():
         options = {"min_lr_rate": 0.1, **options}
     if name == "constant" and warmup_steps:
@@ -235,3 +243,23 @@ def schedule_rates(name: str, steps: int, peak: float, *, warmup_steps: int = 0,
     scheduler: Any = get_scheduler(name, optimizer, warmup_steps, steps, options)
     factor = scheduler.lr_lambdas[0]
     return torch.tensor([peak * factor(step) for step in range(steps)], dtype=torch.float64)
+
+
+def _options(name: str) -> dict[str, Any]:
+    """Return the options of one of transformers' schedules, with their types."""
+    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+    others = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    # Upstream leaves some annotations out; the default's type says the same.
+    return {key: hints.get(key, type(parameters[key].default)) for key in parameters if key not in others}
+
+
+def _check_phases(steps: int, warmup_steps: int, options: Mapping[str, Any]) -> None:
+    before = warmup_steps
+    if (stable := options.get("num_stable_steps")) is not None:
+        rule = f"in [0, {steps - before}], what the warm-up leaves of {steps} steps"
+        check(0 <= stable <= steps - before, "num_stable_steps", stable, rule)
+        before += stable
+    decay = options["num_decay_steps"]
+    rule = f"in [0, {steps - before}], what the phases before it leave of {steps} steps"
+    check(0 <= decay <= steps - before, "num_decay_steps", decay, rule)

@@ -60,7 +60,9 @@ __all__ = [
 LAW = "annealing_law.json"
 TARGETS = ("eval_loss", "smoothed_train_loss")
 POINTS = 50  # smoothed training losses of a run, unless `stride` says otherwise
-NO_LAW_FOR = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "BCO", "PPO", "XPO", "NashMD", "Reward", "PRM")
+# Settings of trainers with a language-modelling loss; of those of the libraries below no others.
+LAW_FOR = ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig")
+LIBRARIES = ("transformers", "trl", "hf_ext")
 
 
 @register_callback(
@@ -172,12 +174,15 @@ class AnnealingLawCallback(Callback):
             ValueError: The trainer's loss is none that the law holds for, or the training loss is to be
                 fitted and the data are seen more than once.
         """
-        kinds = [cls.__name__ for cls in type(run.args).__mro__ if cls.__name__.endswith("Config")]
-        other = [kind for kind in kinds if any(name in kind for name in NO_LAW_FOR)]
-        rule = "those of a language-modelling loss: no power law is known for a preference or policy loss"
-        check(not other, "training arguments", (other or [""])[0], rule)
+        kind = _arguments(run.args)
+        rule = f"{', '.join(LAW_FOR[:-1])} or {LAW_FOR[-1]}, or a class of your own of one of them: no power"
+        rule += " law is known for losses other than that of language modelling"
+        check(kind in LAW_FOR, "training arguments", kind, rule)
+        self._scheduler = getattr(run.lr_scheduler, "scheduler", run.lr_scheduler)
         if not self._rates:
-            self._first_step = run.state.global_step + 1
+            # A run that continues another's weights is at step 0, but its scheduler is not.
+            done = max(run.state.global_step, int(getattr(self._scheduler, "last_epoch", 0)))
+            self._first_step = done + 1
         # A stream says that it has no end, whatever its length: its second pass is seen when it begins.
         epochs = run.state.num_train_epochs
         rule = "'eval_loss' where data are repeated, for which the law does not hold"
@@ -185,7 +190,6 @@ class AnnealingLawCallback(Callback):
         check(once, "target", self.target, rule, where=f"{epochs} epochs")
         self._stride = max(1, round(run.state.max_steps / POINTS)) if self.stride is None else self.stride
         self._context = {**_context(run), "loss": self.target if self._of_training else self.metric}
-        self._scheduler = getattr(run.lr_scheduler, "scheduler", run.lr_scheduler)
 
     def undo(self) -> None:
         """Let the scheduler go; the trace and the law stay readable."""
@@ -308,11 +312,12 @@ class AnnealingLawCallback(Callback):
 
     def _trace_fields(self) -> dict[str, Any]:
         trace = self.trace()
-        return {field.name: getattr(trace, field.name) for field in dataclasses.fields(trace)}
+        names = [field.name for field in dataclasses.fields(trace) if field.name != "name"]
+        return {name: getattr(trace, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trace, and where the training loss's mean stands."""
-        own: dict[str, Any] = {"repeats": self._repeats, "kept": self._kept, "mean": self._mean.state_dict()}
+        own: dict[str, Any] = {"repeats": self._repeats, "kept": self._kept, "mean": self._mean.sums()}
         return {**self._trace_fields(), **(own if self._of_training else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -321,7 +326,7 @@ class AnnealingLawCallback(Callback):
         self._evals = dict(zip(state["steps"].tolist(), state["losses"].tolist(), strict=True))
         self._first_step = state["first_step"]
         if self._of_training:
-            self._mean.load_state_dict(state["mean"])
+            self._mean.restore(state["mean"])
             # The Trainer begins the mean of its next log anew, too.
             self._logged, self._kept, self._repeats = len(self._rates), state["kept"], state["repeats"]
         for rate in self._rates:
@@ -347,6 +352,12 @@ class _RunningAreas:
         self._last = rate
 
 
+def _arguments(args: TrainingArguments) -> str:
+    """Return the nearest class of training arguments that is of a library with trainers of its own."""
+    known = (cls for cls in type(args).__mro__ if cls.__module__.partition(".")[0] in LIBRARIES)
+    return next(known).__name__
+
+
 def _context(run: Run) -> dict[str, Any]:
     args, model = run.args, run.model
     config = getattr(model, "config", None)
@@ -354,7 +365,10 @@ def _context(run: Run) -> dict[str, Any]:
         "model": getattr(config, "name_or_path", "") or type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "optimizer": run.optimizer_name,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * dist.world_size(),
+        # The Trainer may have found a smaller one (auto_find_batch_size), which its settings do not show.
+        "batch_size": (run.state.train_batch_size or args.train_batch_size)
+        * args.gradient_accumulation_steps
+        * dist.world_size(),
         "max_length": getattr(args, "max_length", None),
         "weight_decay": args.weight_decay,
     }

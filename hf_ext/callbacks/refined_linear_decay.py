@@ -10,7 +10,9 @@ Differs from the paper:
   decay is then what transformers calls "linear", to the bit.
 - Norms are those before clipping, of the loss that the Trainer minimises, one for each optimizer step.
 - Non-finite norms, up to 5 %, are interpolated, and norms below 1e-12 of the largest are raised to it.
-- Another run length resamples the curve; the numerical refinement of the paper's appendix is left out.
+- Another run length resamples the curve, with the rate of 0 after its last update where `drop_zero` has left
+  that out, so that constant norms give linear decay at any length.
+- The numerical refinement of the paper's appendix is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,22 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core import dist
 from ..core.checks import check, check_choice
-from ..core.state import load_state, save_state
+from ..core.state import save_state
 from ._base import Neutral, Run, register_callback, whole
 from ._gradients import before_clipping, gradient_norm
 from ._polynomial_decay import PolynomialDecay, polynomial_decay
+from ._recorded_norms import (
+    FEWEST,
+    FILE,
+    SCHEDULE,
+    RecordedNorms,
+    SavedSchedule,
+    norm_for,
+    recorded_norms,
+    refuse_other,
+    same_family,
+    saved_schedule,
+)
 from ._schedule import Curve, LearningRateCallback
 
 __all__ = [
@@ -47,8 +61,6 @@ __all__ = [
     "refined_schedule",
 ]
 
-FILE = "gradient_norms"
-FEWEST = 8  # norms that a refinement needs
 MOST_BAD = 0.05  # share of norms that may be missing
 STRETCH = 4.0  # ratio of lengths from which a resampled curve is worth a warning
 
@@ -194,10 +206,16 @@ def _repaired(norms: Tensor) -> Tensor:
     return torch.where(finite, norms, filled).clamp_min(0.0)
 
 
-def resampled(factors: Tensor, count: int) -> Tensor:
+def resampled(factors: Tensor, count: int, *, drop_zero: bool) -> Tensor:
     """Return a curve on another number of points of the same interval, with maximum 1.
 
     From a factor of 4 between the lengths on, a warning says that the curve is stretched.
+
+    Args:
+        factors: (T,), float64.
+        count: Number of points.
+        drop_zero: Whether the interval ends after the last value, at the 0 that `refined_schedule` has left
+            out; else it ends with the last value.
     """
     if count == len(factors):
         return factors
@@ -206,79 +224,13 @@ def resampled(factors: Tensor, count: int) -> Tensor:
             f"norms of {len(factors)} updates make a schedule for {count}: the curve is stretched",
             stacklevel=2,
         )
+    if drop_zero:
+        factors, count = torch.cat([factors, factors.new_zeros(1)]), count + 1
     place = torch.linspace(0.0, len(factors) - 1.0, count, dtype=torch.float64)
+    place = place[:-1] if drop_zero else place
     low = place.floor().long().clamp(max=len(factors) - 2)
     values = factors[low] + (place - low) * (factors[low + 1] - factors[low])
     return values / values.max()
-
-
-@dataclass(frozen=True, eq=False)
-class RecordedNorms:
-    """Gradient norms of a run, before clipping.
-
-    Args:
-        step: (T,) optimizer steps, from 1, int64.
-        l1: (T,) sums of magnitudes, float64.
-        l2: (T,) Euclidean norms, float64.
-        optimizer: Class name of the optimizer that the run used.
-    """
-
-    step: Tensor
-    l1: Tensor
-    l2: Tensor
-    optimizer: str
-
-    def of(self, norm: str) -> Tensor:
-        """Return the norms "l1" or "l2"."""
-        return self.l1 if norm == "l1" else self.l2
-
-    def check_enough(self, place: str) -> None:
-        """Check that they are enough to refine a schedule.
-
-        Args:
-            place: What the settings call them.
-
-        Raises:
-            ValueError: There are fewer than 8.
-        """
-        count = len(self.step)
-        check(count >= FEWEST, "norms", place, f"of at least {FEWEST} updates", where=f"it holds {count}")
-
-
-def recorded_norms(run_dir: str | Path) -> RecordedNorms:
-    """Read the norms that a run of `RefinedLinearDecayCallback` has recorded.
-
-    Args:
-        run_dir: The run's output folder.
-
-    Raises:
-        ValueError: The folder has none, or they are damaged.
-    """
-    try:
-        scalars, tensors = load_state(run_dir, FILE)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"norms: {run_dir} holds no recorded gradient norms ({FILE}.json and .safetensors); train once "
-            "with RefinedLinearDecayCallback(record=True)"
-        ) from error
-    shapes = {name: tuple(tensors[name].shape) for name in ("step", "l1", "l2") if name in tensors}
-    whole_file = len(shapes) == 3 and len(set(shapes.values())) == 1 and "optimizer" in scalars
-    check(
-        whole_file,
-        "norms",
-        str(run_dir),
-        "a folder with equally long step, l1 and l2",
-        where=f"{FILE}: {shapes}",
-    )
-    every = torch.equal(tensors["step"], torch.arange(1, len(tensors["step"]) + 1))
-    rule = "of a run that recorded from its first update on"
-    check(every, "norms", str(run_dir), rule, where=f"{FILE}: steps {tensors['step'][:3].tolist()}, ...")
-    return RecordedNorms(tensors["step"], tensors["l1"], tensors["l2"], str(scalars["optimizer"]))
-
-
-def norm_for(optimizer: str) -> str:
-    """Return "l1" for an optimizer of Adam's family by its class name, else "l2"."""
-    return "l1" if "adam" in optimizer.lower() else "l2"
 
 
 @register_callback(
@@ -309,14 +261,18 @@ class RefinedLinearDecayCallback(LearningRateCallback):
     Recording takes the norms before clipping: with `max_grad_norm` above 0 (the Trainer's default) it needs
     `hf_ext.attach`. They are written to `output_dir/gradient_norms.{json,safetensors}`.
 
-    In a checkpoint: the curve and the norms so far (3 numbers per update). The cost of recording is one pass
+    In a checkpoint: the curve and the norms so far (3 numbers per update); a resumed run follows that curve,
+    and `norms` are not read again. The cost of recording is one pass
     over the gradients for each update, two without clipping.
 
     Args:
         mode: "linear", or "refined" for the schedule that `norms` ask for.
-        norm: "l1" or "l2"; "auto" takes l1 for optimizers of Adam's family, else l2.
+        norm: "l1" or "l2"; "auto" takes l1 for coordinate-wise optimizers (Adam's family, Lion, Adafactor and
+            the like), l2 for SGD and its like, and l2 with a warning for an optimizer that it does not know.
         tau: Window of the median filter as a share of the recorded run, in (0, 0.5].
-        norms: For "refined": output folder of a recorded run, or at least 8 norms, one for each update.
+        norms: For "refined": output folder of a recorded run; or a `refined_schedule.json` that
+            `hf-ext schedule refine` has written, with the `norm`, `tau` and `drop_zero` that stand in it; or
+            at least 8 norms, one for each update, None for one that is missing.
         warmup_steps: Linear warm-up of mode "linear" in optimizer steps, below the run's; a refined schedule
             brings its own.
         drop_zero: Whether the last update still has a rate above 0.
@@ -324,10 +280,12 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         record: Whether to record this run's norms.
     """
 
+    may_change: ClassVar[frozenset[str]] = frozenset({"norms"})  # a folder; see `load_state_dict`
+
     mode: str = "linear"
     norm: str = "auto"
     tau: float = 0.1
-    norms: str | list[float] | None = None
+    norms: str | list[float] | list[float | None] | None = None
     warmup_steps: int = 0
     drop_zero: bool = True
     floor: float = 0.0
@@ -343,6 +301,9 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         check(refined or self.norms is None, "norms", self.norms, "left out unless mode='refined'")
         if isinstance(self.norms, list):
             check(len(self.norms) >= FEWEST, "norms", self.norms, f"at least {FEWEST} numbers")
+            # Settings are saved as JSON, which has no other word for what is no number.
+            self.norms = [None if norm is None or not math.isfinite(norm) else norm for norm in self.norms]
+            _repaired(_listed(self.norms))
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
         check(
             not refined or self.warmup_steps == 0, "warmup_steps", self.warmup_steps, "0 for mode='refined'"
@@ -365,12 +326,13 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         self._steps: list[int] = []
         self._before = torch.empty((0, 2), dtype=torch.float64)
         self._clipped_from: Any = None
+        self._drop_zero = self.drop_zero  # of the schedule that is followed
 
     def check_files(self) -> None:
-        """Read the recorded norms, where the settings name a recording."""
+        """Read what the settings name."""
         super().check_files()
         if isinstance(self.norms, str):
-            recorded_norms(self.norms)
+            self._read(self.norms)
 
     def begin(self, run: Run) -> None:
         """Follow the curve; refuse to record where gradients cannot be seen."""
@@ -379,8 +341,29 @@ class RefinedLinearDecayCallback(LearningRateCallback):
             check("DEEPSPEED" not in kind, "record", True, "False under DeepSpeed, which frees gradients")
             flat = any(type(p).__name__ == "FlatParameter" for p in run.model.parameters())
             check(not flat, "record", True, "False under FSDP1, which flattens parameters")
+        if self.curve is None:
+            with dist.together():
+                self._check_folder(run)
         self._optimizer = run.optimizer_name
         super().begin(run)
+
+    def _check_folder(self, run: Run) -> None:
+        """Let no recording that is still needed be replaced, or be taken for this run's."""
+        if not (run.output_dir / f"{FILE}.json").is_file():
+            return
+        source = Path(self.norms) if isinstance(self.norms, str) else None
+        folder = source.parent if source is not None and source.suffix == ".json" else source
+        needed = folder is not None and folder.resolve() == run.output_dir.resolve()
+        rule = (
+            "False, or output_dir another folder, where norms are those in output_dir: they would be replaced"
+        )
+        check(not (self.record and needed), "record", self.record, rule, where=str(run.output_dir))
+        if not self.record and not needed and dist.is_main():
+            warnings.warn(
+                f"{run.output_dir / FILE}.json holds gradient norms of an earlier run; record=False leaves "
+                "them there",
+                stacklevel=2,
+            )
 
     def make_curve(self, run: Run) -> Curve:
         """Return the line, or the refined schedule on this run's length."""
@@ -393,32 +376,60 @@ class RefinedLinearDecayCallback(LearningRateCallback):
                 floor=self.floor,
             )
         with dist.together():
-            norms, norm = self._norms()
-            factors = refined_schedule(norms, norm=norm, tau=self.tau, drop_zero=self.drop_zero)
-        return TableCurve(factors=resampled(factors, total).clamp_min(self.floor))
+            found = self._schedule()
+        self._drop_zero = found.drop_zero
+        factors = resampled(found.factors, total, drop_zero=found.drop_zero)
+        return TableCurve(factors=factors.clamp_min(self.floor))
 
     def make_curve_anew(self, run: Run, curve: Curve) -> Curve:
         """Return the line, or the checkpoint's values resampled: the norms may be gone."""
         if not isinstance(curve, TableCurve):
             return self.make_curve(run)
-        return TableCurve(factors=resampled(curve.factors, run.state.max_steps).clamp_min(self.floor))
+        factors = resampled(curve.factors, run.state.max_steps, drop_zero=self._drop_zero)
+        return TableCurve(factors=factors.clamp_min(self.floor))
 
     def curve_from(self, fields: Mapping[str, Any]) -> Curve:
         """Return the saved curve."""
         return TableCurve(**fields) if self.mode == "refined" else LinearDecayCurve(**fields)
 
-    def _norms(self) -> tuple[Tensor, str]:
-        here = norm_for(self._optimizer)
-        norm = here if self.norm == "auto" else self.norm
+    def _schedule(self) -> SavedSchedule:
+        """Return the schedule that `norms` ask for, with what it is made from."""
         if isinstance(self.norms, list):
-            return torch.tensor(self.norms, dtype=torch.float64), norm
+            norm = norm_for(self._optimizer) if self.norm == "auto" else self.norm
+            return self._refined(_listed(self.norms), norm, self._optimizer)
         assert self.norms is not None
-        recorded = recorded_norms(self.norms)
+        found = self._read(self.norms)
+        same = same_family(found.optimizer, self._optimizer)
         rule = f"of a run with an optimizer of the same family as {self._optimizer}"
-        same = norm_for(recorded.optimizer) == here
-        check(same, "norms", self.norms, rule, where=f"recorded with {recorded.optimizer}")
-        recorded.check_enough(self.norms)
-        return recorded.of(norm), norm
+        check(same, "norms", self.norms, rule, where=f"recorded with {found.optimizer}")
+        return found
+
+    def _refined(self, norms: Tensor, norm: str, optimizer: str) -> SavedSchedule:
+        factors = refined_schedule(norms, norm=norm, tau=self.tau, drop_zero=self.drop_zero)
+        return SavedSchedule(factors, norm, self.tau, self.drop_zero, optimizer)
+
+    def _read(self, place: str) -> SavedSchedule:
+        """Return the schedule of a file, or of a folder with norms; a file in that must not contradict it."""
+        if Path(place).suffix == ".json":
+            found = saved_schedule(place)
+            for name in ("norm", "tau", "drop_zero"):
+                own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                saved = getattr(found, name)
+                check(
+                    own in (default, saved), name, own, f"{saved!r}, as in the file, or left out", where=place
+                )
+            return found
+        recorded = recorded_norms(place)
+        recorded.check_enough(place)
+        saved = Path(place) / SCHEDULE
+        recorded.check_whole(
+            place, f"to make do, hf-ext schedule refine --allow-partial and norms={str(saved)!r}"
+        )
+        norm = norm_for(recorded.optimizer) if self.norm == "auto" else self.norm
+        found = self._refined(recorded.of(norm), norm, recorded.optimizer)
+        if saved.is_file():
+            refuse_other(saved, found)
+        return found
 
     # Recording ------------------------------------------------------------------------------------
 
@@ -477,7 +488,9 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         if self.record and self._steps:
             norms = self.recorded()
             tensors = {"step": norms.step, "l1": norms.l1, "l2": norms.l2}
-            dist.on_main(lambda: save_state(run.output_dir, FILE, {"optimizer": self._optimizer}, tensors))
+            done, total = run.state.global_step, run.state.max_steps
+            scalars = {"optimizer": self._optimizer, "done_steps": done, "total_steps": total}
+            dist.on_main(lambda: save_state(run.output_dir, FILE, scalars, tensors))
 
     def scalars(self) -> dict[str, float]:
         """Return the last update's share of the peak rate, and its norms where they are recorded."""
@@ -490,15 +503,33 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the curve and the norms so far."""
+        """Return the curve, the norms that were listed for it, and the norms so far."""
         norms = self.recorded()
-        return {**super().state_dict(), "step": norms.step, "l1": norms.l1, "l2": norms.l2}
+        listed = _listed(self.norms) if isinstance(self.norms, list) else _listed(())
+        made = {**super().state_dict(), "drop_zero": self._drop_zero, "listed": listed}
+        return {**made, "step": norms.step, "l1": norms.l1, "l2": norms.l2}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
+        """Restore them.
+
+        Raises:
+            ValueError: `norms` are listed, and others than those of the checkpoint; of a folder, which may
+                have been moved or removed since, the checkpoint has the curve.
+        """
         super().load_state_dict(state)
+        self._drop_zero = state.get("drop_zero", self.drop_zero)
+        listed = _listed(self.norms) if isinstance(self.norms, list) else _listed(())
+        saved = state.get("listed", listed)  # checkpoints of before it was kept have none
+        same = torch.equal(saved.nan_to_num(-1.0), listed.nan_to_num(-1.0))
+        rule = "those of the checkpoint: the same list, or a folder or file as there"
+        check(same, "norms", self.norms, rule)
         self._steps = state["step"].tolist()
         self._before = torch.stack([state["l1"], state["l2"]], dim=1)
+
+
+def _listed(norms: Sequence[float | None]) -> Tensor:
+    """Return norms (T,) as float64, NaN where one is missing."""
+    return torch.tensor([math.nan if norm is None else norm for norm in norms], dtype=torch.float64)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> Iterable[Tensor]:

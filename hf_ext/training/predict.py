@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from ..callbacks._recorded_norms import SCHEDULE, SavedSchedule, norm_for, saved_schedule
 from ..callbacks.annealing_law import (
     AnnealingLaw,
     Forecast,
@@ -21,9 +24,10 @@ from ..callbacks.annealing_law import (
     schedule_rates,
 )
 from ..callbacks.infinite_lr import InfiniteLRCurve
-from ..callbacks.refined_linear_decay import norm_for, recorded_norms, refined_schedule, resampled
-from ..core.checks import check, require
+from ..callbacks.refined_linear_decay import recorded_norms, refined_schedule, resampled
+from ..core.checks import check, check_fields, require
 from ..core.files import write_bytes, write_json
+from .refine import NO_PLOT
 
 NAME = "schedule_forecast"
 SCHEDULES = "constant,linear,cosine,wsd,infinite_lr"
@@ -96,7 +100,9 @@ def predict_runs(
 
     Raises:
         ValueError: A folder holds no trace, the law cannot be fitted or does not reach a schedule, a schedule
-            or one of its options is unknown, or "refined" finds no recorded norms.
+            or one of its options is unknown, its phases are longer than the run, or "refined" finds no
+            recorded norms.
+        TypeError: An option is not of its type.
         OSError: The folder cannot be written.
     """
     check(bool(run_dirs), "RUN_DIR", list(run_dirs), "at least one folder")
@@ -107,6 +113,7 @@ def predict_runs(
         warnings.simplefilter("always")
         law = AnnealingLaw.fit(traces, lam=lam, fit_lambda=fit_lambda)
         count = len(traces[0].rates) if steps is None else steps
+        check(count >= 1, "steps", count, "at least 1")
         warmup = min(traces[0].warmup, count - 1) if warmup_steps is None else warmup_steps
         peak = law.eta_ref if learning_rate is None else learning_rate
         rates = {name: _rates(name, count, peak, warmup, run_dirs[0]) for name in names}
@@ -139,7 +146,9 @@ def predict_runs(
     path = Path(run_dirs[0]) / f"{NAME}.json"
     write_json(path, content)
     files = [path]
-    if find_spec("matplotlib") is not None:
+    if find_spec("matplotlib") is None:
+        notes = [*notes, NO_PLOT]
+    else:
         files.append(path.with_suffix(".png"))
         write_bytes(files[-1], _plot(traces, curves, rates, forecasts))
     return Ranking(law, count, level, forecasts, notes, files)
@@ -154,8 +163,8 @@ class _named:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.name}: {error}") from error
+        if isinstance(error, ValueError | TypeError):
+            raise type(error)(f"{self.name}: {error}") from error
 
 
 def _is_refined(text: str) -> bool:
@@ -170,35 +179,58 @@ def _rates(text: str, steps: int, peak: float, warmup: int, run_dir: str | Path)
         check(bool(key and equals and value), "schedules", entry, "an option as key=value", where=text)
         options[key] = _value(value)
     with _named(text):
-        try:
-            if name == "infinite_lr":
-                return curve_rates(InfiniteLRCurve(**_infinite(steps, warmup, options)), steps, peak)
-            if _is_refined(name):
-                return peak * _refined(run_dir, steps, **options)
-            return schedule_rates(name, steps, peak, warmup_steps=warmup, **options)
-        except TypeError as error:  # upstream's way to say that an option is unknown
-            raise ValueError(str(error)) from error
+        if name == "infinite_lr":
+            return curve_rates(_infinite(steps, warmup, options), steps, peak)
+        if _is_refined(name):
+            given = check_fields(options, {"norm": str, "tau": float, "floor": float}, where=name)
+            return peak * _refined(run_dir, steps, **cast(Any, given))
+        return schedule_rates(name, steps, peak, warmup_steps=warmup, **options)
 
 
 def _refined(
     run_dir: str | Path, steps: int, *, norm: str = "auto", tau: float = 0.1, floor: float = 0.0
 ) -> Tensor:
     """Return the refined schedule of a recorded run, (steps,) multiples of the peak."""
-    check(steps >= 1, "steps", steps, "at least 1")
     recorded = recorded_norms(run_dir)
     recorded.check_enough(str(run_dir))
+    if recorded.cut_short:
+        warnings.warn(f"refined is made of {recorded.cut_short}, stretched over a whole run", stacklevel=2)
     norm = norm_for(recorded.optimizer) if norm == "auto" else norm
     factors = refined_schedule(recorded.of(norm), norm=norm, tau=tau)
     check(0.0 <= floor < 1.0, "floor", floor, "in [0, 1)")
-    return resampled(factors, steps).clamp_min(floor)
+    saved = Path(run_dir) / SCHEDULE
+    if saved.is_file():
+        here = SavedSchedule(factors, norm, tau, True, recorded.optimizer)
+        differing = saved_schedule(saved).differing(here)
+        if differing:
+            warnings.warn(f"refined is not what {saved} holds, which was made with {differing}", stacklevel=2)
+    return resampled(factors, steps, drop_zero=True).clamp_min(floor)
 
 
-def _infinite(steps: int, warmup: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    cooldown = max(warmup, round(0.15 * steps))
-    start = max(cooldown, round(0.8 * steps))
-    marks = {"warmup_steps": warmup, "cooldown_steps": cooldown, "anneal_start": start}
-    marks["anneal_steps"] = max(1, steps - 1 - int(options.get("anneal_start", start)))
-    return {**marks, **options}
+def _infinite(steps: int, warmup: int, options: Mapping[str, Any]) -> InfiniteLRCurve:
+    """Return the infinite schedule with its options, which must fit in the run as the callback's must."""
+    hints = typing.get_type_hints(InfiniteLRCurve)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(InfiniteLRCurve)}
+    given: dict[str, Any] = check_fields(options, known, where="infinite_lr")
+    last = steps - 1
+    warmup = given.get("warmup_steps", warmup)
+    check(0 <= warmup < steps, "warmup_steps", warmup, f"in [0, {steps})")
+    cooldown = given.get("cooldown_steps", max(warmup, round(0.15 * steps)))
+    check(cooldown <= steps, "cooldown_steps", cooldown, f"at most {steps}, the steps of the run")
+    start = given.get("anneal_start", max(cooldown, min(round(0.8 * steps), last - 1)))
+    rule = f"in [{cooldown}, {last}), in the constant phase of a run of {steps} steps"
+    check(cooldown <= start < last, "anneal_start", start, rule)
+    length = given.get("anneal_steps", last - start)
+    marks = {"warmup_steps": warmup, "cooldown_steps": cooldown}
+    marks |= {"anneal_start": start, "anneal_steps": length}
+    curve = InfiniteLRCurve(**{**given, **marks})
+    if start + length > last:
+        warnings.warn(
+            f"anneal_steps={length} from step {start} on reaches beyond the {steps} steps of infinite_lr, "
+            f"which ends at {curve.factor(last):g} of the peak rate",
+            stacklevel=2,
+        )
+    return curve
 
 
 def _value(text: str) -> int | float | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import random
@@ -12,8 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from torch import Tensor
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import hf_ext
 from hf_ext.callbacks import (
@@ -226,6 +234,17 @@ def test_too_little_is_refused() -> None:
         AnnealingLaw.fit([])
 
 
+def test_a_run_without_points_beside_a_good_one_is_named() -> None:
+    good = two_runs()[1]
+    rates = schedule_rates("constant", LENGTH, PEAK)
+    none = LossTrace(rates, torch.tensor([], dtype=torch.int64), double([]))
+    still = LossTrace(torch.zeros_like(rates), good.steps, good.losses)  # it has never moved
+    early = LossTrace(rates, torch.tensor([3]), double([5.0]), name="early")
+    for bad, name in ((none, "run 2 of 2"), (still, "run 2 of 2"), (early, "early")):
+        with pytest.raises(ValueError, match=rf"losses must be measured after the warm-up .*\({name}\)$"):
+            AnnealingLaw.fit([good, bad], lam=LAM)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
 def test_losses_that_are_none_are_refused(bad: float) -> None:
     trace = measured(schedule_rates("cosine", LENGTH, PEAK))
@@ -264,6 +283,16 @@ def test_a_higher_peak_is_refused(law: AnnealingLaw) -> None:
     law.predict(higher, allow_peak_change=True)
 
 
+def test_the_beginning_of_a_run_is_an_extrapolation(law: AnnealingLaw) -> None:
+    first = law.forward_range[0] / PEAK
+    assert 40 < first <= 50  # of a run whose first loss is measured after 50 updates
+    with pytest.warns(UserWarning, match="an extrapolation to the beginning of a run"):
+        law.predict(schedule_rates("constant", round(first) - 1, PEAK))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        law.predict(schedule_rates("constant", round(first) + 1, PEAK))
+
+
 def test_an_extrapolation_warns(law: AnnealingLaw) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -292,7 +321,7 @@ def test_a_cosine_keeps_its_last_steps(law: AnnealingLaw) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("cosine", "linear", "wsd", "polynomial"):
-            for steps in (50, 777, 20000):
+            for steps in (150, 777, 20000):
                 law.predict(schedule_rates(name, steps, PEAK))
 
 
@@ -351,6 +380,18 @@ def test_wsd_is_constant_and_then_a_line() -> None:
     assert half == pytest.approx([2] * 6 + [2, 1.75, 1.5, 1.25])
 
 
+def test_phases_fit_in_the_run() -> None:
+    assert schedule_rates("wsd", 10, 2.0, warmup_steps=9).tolist()[-2:] == pytest.approx([2 * 8 / 9, 2.0])
+    with pytest.raises(ValueError, match=r"num_decay_steps must be in \[0, 8\]"):
+        schedule_rates("wsd", 10, 2.0, warmup_steps=2, num_decay_steps=9)
+    with pytest.raises(ValueError, match=r"num_decay_steps must be in \[0, 3\]"):
+        schedule_rates("warmup_stable_decay", 10, 2.0, warmup_steps=2, num_stable_steps=5, num_decay_steps=4)
+    with pytest.raises(ValueError, match="schedule 'linear': unknown field 'power'"):
+        schedule_rates("linear", 10, 2.0, power=2.0)
+    with pytest.raises(TypeError, match="schedule 'polynomial': lr_end must be float"):
+        schedule_rates("polynomial", 10, 2.0, lr_end="low")
+
+
 @pytest.mark.parametrize("name", ["greedy", "reduce_lr_on_plateau", "cosin"])
 def test_unknown_schedules_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"schedule '{name}' is unknown"):
@@ -388,7 +429,7 @@ def test_a_smoothed_loss_by_hand() -> None:
     # Weights 1/3 and 2/3.
     assert mean.add(3, 4, 2.0) == pytest.approx((0.5 / 3 + 2.5 * 2 / 3, 4 / 3 + 4 / 3))
     again = SmoothedLoss(0.5)
-    again.load_state_dict(json.loads(json.dumps(mean.state_dict())))
+    again.restore(mean.sums())
     assert again.add(5, 5, 1.0) == mean.add(5, 5, 1.0)
 
 
@@ -620,6 +661,26 @@ def test_losses_that_are_none_do_not_end_a_run(tmp_path: Path) -> None:
     assert math.isnan(tensors["losses"][-1])
 
 
+def test_training_losses_that_are_none_do_not_end_a_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target": "smoothed_train_loss", "smooth": 0.8, "stride": 1, "resamples": 1}
+
+    def run(folder: str, **resume: Any) -> LossTrace:
+        trainer = trained(tmp_path / folder, AnnealingLawCallback(**settings), logging_nan_inf_filter=False)
+        trainer.compute_loss_func = lambda outputs, labels, **_: (
+            outputs.logits.mean() * (math.inf if trainer.state.global_step == 20 else 1.0)
+        )
+        with pytest.warns(UserWarning, match="losses must be finite and above 0"):
+            trainer.train(**resume)
+        return recorded_trace(tmp_path / folder)
+
+    whole = run("whole")
+    assert len(whole.rates) == 60
+    assert whole.losses.isfinite().tolist()[:10] == [True] * 10
+    assert not whole.losses[-1].isfinite()
+    resumed = run("cut", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-30"))
+    assert torch.equal(resumed.losses.nan_to_num(-1.0), whole.losses.nan_to_num(-1.0))
+
+
 def test_skipped_updates_are_not_recorded() -> None:
     callback = AnnealingLawCallback()
     group = [{"lr": torch.tensor(0.5)}]
@@ -630,19 +691,70 @@ def test_skipped_updates_are_not_recorded() -> None:
     assert callback.trace().rates.tolist() == [0.5]
 
 
-def test_preference_and_policy_losses_are_refused(tmp_path: Path) -> None:
-    import trl
+class OwnConfig(trl.SFTConfig):
+    """Settings of a user's own trainer."""
 
-    for kind, refused in (("DPO", True), ("GRPO", True), ("SFT", False)):
-        arguments: TrainingArguments = getattr(trl, f"{kind}Config")(
-            str(tmp_path), report_to="none", use_cpu=True, bf16=False
-        )
-        run = Run(arguments, TrainerState(), TrainerControl(), tiny_model(), None, None)
-        if refused:
-            with pytest.raises(ValueError, match="no power law is known for a preference or policy loss"):
-                AnnealingLawCallback().begin(run)
-        else:
-            AnnealingLawCallback().begin(run)
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        (Seq2SeqTrainingArguments, False),
+        (trl.SFTConfig, False),
+        (OwnConfig, False),
+        (trl.DPOConfig, True),
+        (trl.GRPOConfig, True),
+        (trl.RewardConfig, True),
+        (trl.DistillationConfig, True),
+        ("trl.experimental.tpo.TPOConfig", True),
+        ("hf_ext.trainers.unlearning.UnlearningConfig", True),
+        ("hf_ext.trainers.aligndistil.AlignDistilConfig", True),
+    ],
+)
+def test_only_losses_of_language_modelling_have_a_law(kind: Any, refused: bool, tmp_path: Path) -> None:
+    if isinstance(kind, str):
+        module, _, name = kind.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+    # Without what its trainer would ask for: the class alone is looked at.
+    arguments = kind.__new__(kind)
+    vars(arguments).update(vars(TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)))
+    run = Run(arguments, TrainerState(), TrainerControl(), tiny_model(), None, None)
+    if not refused:
+        AnnealingLawCallback().begin(run)
+        return
+    text = f"training arguments must be .*SFTConfig, or a class of your own of one of them.*'{kind.__name__}'"
+    with pytest.raises(ValueError, match=text):
+        AnnealingLawCallback().begin(run)
+
+
+def test_the_batch_size_is_that_which_the_trainer_has_found(tmp_path: Path) -> None:
+    class OutOfMemory(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            if state.train_batch_size == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    law = AnnealingLawCallback()
+    settings: dict[str, Any] = {
+        "auto_find_batch_size": True,
+        "gradient_accumulation_steps": 3,
+        "max_steps": 2,
+    }
+    with pytest.warns(UserWarning, match="ended without a fit"):
+        build(tmp_path, law, others=[OutOfMemory()], save_strategy="no", **settings).train()
+    assert recorded_trace(tmp_path).context["batch_size"] == 3
+    assert len(law.trace().rates) == 2
+
+
+def test_a_run_that_continues_another_s_weights_has_no_fit(tmp_path: Path) -> None:
+    first = InfiniteLRCallback(warmup_steps=1, cooldown_steps=2, anneal_start=5)
+    build(tmp_path / "first", first).train()
+    branch = str(tmp_path / "first" / "infinite_branch")
+    law = AnnealingLawCallback(lam=0.99, resamples=1, fit_from=1)
+    later = InfiniteLRCallback(warmup_steps=1, cooldown_steps=2, continue_from=branch)
+    settings: dict[str, Any] = {"max_steps": 30, "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.warns(UserWarning, match=r"first_step must be 1: .*, got 6"):
+        build(tmp_path / "later", later, law, save_strategy="no", **settings).train()
+    assert len(law.trace().losses) == 30
+    assert law.law is None
 
 
 # Files --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hf_ext.callbacks import (
 )
 from hf_ext.cli import main
 from hf_ext.core.state import save_state
+from hf_ext.training.refine import refine_run
 from tests.reference import annealing_law as reference
 
 PEAK, LENGTH, LAM = 1e-3, 1000, 0.99
@@ -113,11 +114,11 @@ def test_options_reach_the_schedules(run_dir: Path) -> None:
     assert rows["infinite_lr"]["loss"] == law.forecast(curve_rates(curve, 500, 5e-4)).loss
 
 
-def record_norms(folder: Path, count: int = LENGTH, optimizer: str = "AdamW") -> torch.Tensor:
+def record_norms(folder: Path, count: int = LENGTH, **scalars: int) -> torch.Tensor:
     """Write norms that fall over the first tenth of a run and are constant after it, and return the l1."""
     l1 = 1.0 + 3.0 * (1.0 - torch.arange(count) / (0.1 * count)).clamp_min(0.0).double()
     tensors = {"step": torch.arange(1, count + 1), "l1": l1, "l2": l1.flip(0)}
-    save_state(folder, "gradient_norms", {"optimizer": optimizer}, tensors)
+    save_state(folder, "gradient_norms", {"optimizer": "AdamW", **scalars}, tensors)
     return l1
 
 
@@ -141,9 +142,22 @@ def test_the_refined_schedule_is_a_candidate(run_dir: Path, capsys: pytest.Captu
     # At another length the curve is resampled.
     assert predict(run_dir, "--lam", LAM, "--schedules", "refined", "--steps", 300) == 0
     assert json.loads((run_dir / "schedule_forecast.json").read_text())["notes"] == [
-        f"refined rises over its first {round(rise * 299 / 999)} of 300 updates: they count as a warm-up, at "
+        f"refined rises over its first {round(rise * 0.3)} of 300 updates: they count as a warm-up, at "
         "its peak"
     ]
+
+
+def test_other_refined_schedules_and_parts_of_runs_are_noted(run_dir: Path) -> None:
+    record_norms(run_dir, done_steps=LENGTH, total_steps=LENGTH)
+    refine_run(run_dir, tau=0.2)
+    saved = run_dir / "refined_schedule.json"
+    text = f"refined is not what {saved} holds, which was made with tau=0.2 (not 0.1)"
+    for tau, count, notes in (("", LENGTH, [text]), (":tau=0.2", LENGTH, []), (":tau=0.2", 2 * LENGTH, None)):
+        record_norms(run_dir, done_steps=LENGTH, total_steps=count)
+        assert predict(run_dir, "--lam", LAM, "--schedules", f"refined{tau}") == 0
+        found = json.loads((run_dir / "schedule_forecast.json").read_text())["notes"]
+        part = ["refined is made of the norms of 1000 of 2000 updates, stretched over a whole run"]
+        assert [note for note in found if "rises over" not in note] == (part if notes is None else notes)
 
 
 def test_the_refined_schedule_needs_norms(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +187,23 @@ def test_the_decay_can_be_fitted(run_dir: Path) -> None:
         (["--schedules", "wsd:num_decay_steps"], "must be an option as key=value"),
         (["--schedules", "wsd:no_such=1"], "no_such"),
         (["--schedules", "infinite_lr:no_such=1"], "no_such"),
+        (["--schedules", "constant:no_such=1"], "no_such"),
+        (["--schedules", "wsd:num_decay_steps=2000"], "num_decay_steps must be in [0, 990]"),
+        (
+            ["--schedules", "wsd:num_decay_steps=9:num_stable_steps=991"],
+            "num_stable_steps must be in [0, 990",
+        ),
+        (["--schedules", "wsd:num_decay_steps=a"], "num_decay_steps must be int, got str 'a'"),
+        (
+            ["--schedules", "polynomial:power=a"],
+            "polynomial:power=a: schedule 'polynomial': power must be flo",
+        ),
+        (["--schedules", "infinite_lr:const_lr_ratio=abc"], "const_lr_ratio must be float, got str 'abc'"),
+        (["--schedules", "infinite_lr:cooldown_steps=1001"], "cooldown_steps must be at most 1000"),
+        (["--schedules", "infinite_lr:anneal_start=999"], "anneal_start must be in [150, 999)"),
+        (["--schedules", "infinite_lr", "--warmup-steps", "1000"], "warmup_steps must be in [0, 1000)"),
+        (["--schedules", "infinite_lr", "--steps", "0"], "error: steps must be at least 1"),
+        (["--schedules", "refined:tau=x"], "tau must be float, got str 'x'"),
         (["--schedules", "infinite_lr:anneal_start=3"], "infinite_lr:anneal_start=3: anneal_start must be"),
         (["--learning-rate", "0.0012"], "constant: peak learning rate must be at most"),
         (["--learning-rate", "0"], "peak must be above 0"),
@@ -199,6 +230,30 @@ def test_an_extrapolation_is_noted(run_dir: Path, capsys: pytest.CaptureFixture[
     assert len(notes) == 1
 
 
+def test_the_very_beginning_is_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(run_dir, "--steps", 3, "--schedules", "linear") == 0
+    assert "of where the fitted losses begin: an extrapolation to the beginning" in capsys.readouterr().out
+    assert predict(run_dir, "--steps", 100, "--schedules", "linear") == 0
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_an_anneal_that_the_run_cuts_off_is_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(run_dir, "--schedules", "infinite_lr:anneal_start=900:anneal_steps=198") == 0
+    text = (
+        "note: anneal_steps=198 from step 900 on reaches beyond the 1000 steps of infinite_lr, which ends at "
+    )
+    assert f"{text}{0.1 * 0.1**0.5:g} of the peak rate" in capsys.readouterr().out
+
+
+def test_without_matplotlib_the_plot_is_noted(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_ext.training.predict.find_spec", lambda _: None)
+    assert predict(run_dir) == 0
+    assert "note: no plot without matplotlib: pip install 'hf-ext[plot]'\n" in capsys.readouterr().out
+    assert not (run_dir / "schedule_forecast.png").exists()
+
+
 def test_runs_without_what_a_law_needs_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +267,12 @@ def test_runs_without_what_a_law_needs_are_one_line(
     assert "losses must be finite and above 0, got nan (after update 100)" in refused(capsys, broken)
     late = record(tmp_path / "late", "cosine", first_step=6)
     assert "first_step must be 1" in refused(capsys, late)
+    empty = record(tmp_path / "empty", "cosine", steps=short[:0], losses=losses[:0])
+    good = record(tmp_path / "good", "constant")
+    error = refused(capsys, good, empty)
+    assert "losses must be measured after the warm-up in each run; leave out a run that has none" in error
+    assert f"({empty})" in error
+    assert f"got nan ({broken}, after update 100)" in refused(capsys, good, broken)
 
 
 def test_other_settings_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 
 import hf_ext
 from hf_ext.callbacks import (
@@ -25,7 +28,10 @@ from hf_ext.callbacks import (
     refined_schedule,
     schedule_rates,
 )
+from hf_ext.callbacks._recorded_norms import family, norm_for, same_family
+from hf_ext.callbacks.refined_linear_decay import resampled
 from hf_ext.core.state import load_state, save_state
+from hf_ext.training.refine import refine_run
 from tests.callbacks.runs import build, equal, logged, parameters, rows, tiny_model
 from tests.reference.refined_linear_decay import median_filtered, schedule
 
@@ -280,6 +286,16 @@ def test_skipped_updates_are_left_out(tmp_path: Path) -> None:
 # A second run -------------------------------------------------------------------------------------
 
 
+class EndAt(TrainerCallback):
+    """End a run in good order after a step, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
 @pytest.fixture
 def first(tmp_path: Path) -> Path:
     build(tmp_path / "first", RefinedLinearDecayCallback()).train()
@@ -311,13 +327,14 @@ def test_resuming_needs_no_norms(first: Path, tmp_path: Path) -> None:
     second.train()
     for path in first.glob("gradient_norms*"):
         path.unlink()
+    settings["norms"] = str(tmp_path / "moved")  # where nothing is
     resumed = build(tmp_path / "resumed", RefinedLinearDecayCallback(**settings))
     resumed.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-5"))
     assert equal(parameters(resumed), parameters(second))
 
 
 def test_another_length_resamples_the_curve(first: Path, tmp_path: Path) -> None:
-    callback = RefinedLinearDecayCallback(mode="refined", norms=str(first), drop_zero=False)
+    callback = RefinedLinearDecayCallback(mode="refined", norms=str(first), drop_zero=False, record=False)
     second = build(tmp_path / "second", callback, max_steps=19, save_strategy="no")
     second.train()
     short = refined(recorded_norms(first).l1, norm="l1")
@@ -328,6 +345,68 @@ def test_another_length_resamples_the_curve(first: Path, tmp_path: Path) -> None
         build(
             tmp_path / "third", type(callback)(**callback.settings()), max_steps=2, save_strategy="no"
         ).train()
+
+
+@pytest.mark.parametrize("count", [3, 7, 10, 19, 40])
+def test_constant_norms_give_linear_decay_at_any_length(count: int) -> None:
+    """The rate of 0 that `drop_zero` leaves out is after the last update, however many there are."""
+    factors = refined_schedule([3.0] * 10, norm="l2")
+    expected = [1.0 - step / count for step in range(count)]
+    assert resampled(factors, count, drop_zero=True).tolist() == pytest.approx(expected)
+    ends = refined_schedule([3.0] * 10, norm="l2", drop_zero=False)
+    expected = [1.0 - step / (count - 1) for step in range(count)]
+    assert resampled(ends, count, drop_zero=False).tolist() == pytest.approx(expected)
+
+
+def test_a_list_with_missing_norms(tmp_path: Path) -> None:
+    given: list[float | None] = [2.0 + math.cos(step) for step in range(40)]
+    given[3], given[7] = math.nan, None
+    callback = RefinedLinearDecayCallback(mode="refined", norms=given)
+    second = build(tmp_path / "second", callback)
+    second.train()
+    settings = load_state(tmp_path / "second" / "checkpoint-5", "hf_ext_refined_linear_decay")[0]["settings"]
+    assert settings == callback.settings()
+    assert (settings["norms"][3], settings["norms"][7], settings["norms"][8]) == (None, None, given[8])
+    repaired = refined_schedule([math.nan if norm is None else norm for norm in given], norm="l1")
+    expected = resampled(repaired, 10, drop_zero=True)
+    assert logged(second, "refined_linear_decay/factor") == expected.tolist()
+    resumed = build(tmp_path / "resumed", RefinedLinearDecayCallback(**settings))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-5"))
+    assert equal(parameters(resumed), parameters(second))
+    for other in ([1.0] * 40, str(tmp_path)):
+        trainer = build(tmp_path / "other", RefinedLinearDecayCallback(mode="refined", norms=other))
+        with pytest.raises(ValueError, match="norms must be those of the checkpoint"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-5"))
+    with pytest.raises(ValueError, match="norms must be positive and finite but for 5% of them"):
+        RefinedLinearDecayCallback(mode="refined", norms=[*given[:4], None, *given[5:]])
+
+
+@pytest.mark.parametrize(
+    ("norm", "names"),
+    [
+        ("l1", "AdamW Adamax PagedAdamW8bit AdEMAMix AdEMAMix8bit Adafactor GaLoreAdafactor Lion PagedLion"),
+        ("l1", "RMSprop8bit Adagrad LAMB PytorchLAMB AdaLomo Adadelta RAdamScheduleFree Rprop SignSGD"),
+        ("l2", "SGD SGD8bit SGDScheduleFree ASGD LARS Lomo"),
+    ],
+)
+def test_optimizers_have_the_norm_of_their_family(norm: str, names: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {name: norm_for(name) for name in names.split()} == dict.fromkeys(names.split(), norm)
+
+
+def test_every_optimizer_of_the_trainer_has_a_family() -> None:
+    found = {str(name.value): family(str(name.value)) for name in OptimizerNames}
+    assert {name for name, norm in found.items() if norm != "l1"} == {"sgd", "lomo", "schedule_free_sgd"}
+    assert None not in found.values()
+
+
+def test_an_unknown_optimizer_is_not_guessed_without_a_word() -> None:
+    with pytest.warns(UserWarning, match=r"does not know the optimizer Muon and takes l2.* give norm='l1'"):
+        assert norm_for("Muon") == "l2"
+    assert same_family("Muon", "Muon")
+    assert not same_family("Muon", "SGD")
+    assert not same_family("Muon", "Shampoo")
 
 
 def test_norms_of_another_optimizer_family_are_refused(first: Path, tmp_path: Path) -> None:
@@ -356,6 +435,92 @@ def test_a_short_or_late_recording_is_refused(first: Path, tmp_path: Path) -> No
     save_state(first, "gradient_norms", scalars, {"step": tensors["step"]})
     with pytest.raises(ValueError, match="equally long step, l1 and l2"):
         recorded_norms(first)
+
+
+def test_a_recording_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    """Ended after 12 of 40 updates; refined as it is, the curve of a third of the run would be stretched."""
+    stopped = build(tmp_path / "first", RefinedLinearDecayCallback(), max_steps=40, others=[EndAt(12)])
+    stopped.train()
+    assert len(recorded_norms(tmp_path / "first").step) == 12
+    callback = RefinedLinearDecayCallback(mode="refined", norms=str(tmp_path / "first"))
+    text = r"norms must be of a run that has come to its end .*allow-partial.* the norms of 12 of 40"
+    for refused in (callback.check_files, build(tmp_path / "second", callback).train):
+        with pytest.raises(ValueError, match=text):
+            refused()
+
+
+def test_a_recording_is_not_replaced_by_the_run_that_is_made_from_it(first: Path) -> None:
+    before = recorded_norms(first).l1
+    same = RefinedLinearDecayCallback(mode="refined", norms=str(first / ".." / first.name))
+    with pytest.raises(ValueError, match=r"record must be False, or output_dir another folder"):
+        build(first, same).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(first, type(same)(**{**same.settings(), "record": False}), save_strategy="no").train()
+    assert torch.equal(recorded_norms(first).l1, before)
+
+
+def test_norms_of_an_earlier_run_are_pointed_out(first: Path) -> None:
+    with pytest.warns(UserWarning, match=r"gradient_norms.json holds gradient norms of an earlier run"):
+        build(first, RefinedLinearDecayCallback(record=False), save_strategy="no").train()
+
+
+# What the command has written ---------------------------------------------------------------------
+
+
+def test_what_the_command_has_written_is_followed(first: Path, tmp_path: Path) -> None:
+    refine_run(first, norm="l2", tau=0.3, drop_zero=False)
+    saved = first / "refined_schedule.json"
+    with pytest.raises(
+        ValueError, match=r"was made with norm='l2' \(not 'l1'\), tau=0.3 \(not 0.1\), drop_zero=F"
+    ):
+        build(tmp_path / "no", RefinedLinearDecayCallback(mode="refined", norms=str(first))).train()
+    callback = RefinedLinearDecayCallback(mode="refined", norms=str(saved), record=False)
+    second = build(tmp_path / "second", callback, max_steps=19, attach=False)
+    second.train()
+    factors = refined(recorded_norms(first).l2, norm="l2", tau=0.3)
+    rates = [rate / 1e-2 for rate in logged(second, "learning_rate")]
+    assert rates[::2] == pytest.approx(factors, rel=1e-9, abs=1e-12)  # it ends with a rate of 0, as the file
+    saved.unlink()
+    resumed = build(tmp_path / "resumed", type(callback)(**callback.settings()), max_steps=37, attach=False)
+    with pytest.warns(UserWarning, match="max_steps is 37, and 19 in the checkpoint"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-15"))
+    assert logged(resumed, "learning_rate")[-1] == 0.0
+
+
+def test_settings_that_contradict_the_file_are_refused(first: Path, tmp_path: Path) -> None:
+    refine_run(first, tau=0.3)
+    settings: dict[str, Any] = {"mode": "refined", "norms": str(first / "refined_schedule.json")}
+    RefinedLinearDecayCallback(**settings, norm="l1", tau=0.3).check_files()
+    others: list[dict[str, Any]] = [{"norm": "l2"}, {"tau": 0.2}, {"drop_zero": False}]
+    for other in others:
+        with pytest.raises(ValueError, match=f"^{next(iter(other))} must be .*, as in the file, or left out"):
+            RefinedLinearDecayCallback(**settings, **other).check_files()
+    with pytest.raises(ValueError, match="of the same family as SGD"):
+        build(tmp_path / "b", RefinedLinearDecayCallback(**settings), optim="sgd").train()
+    # The same settings, but of other norms: the run in the folder was made again.
+    scalars, tensors = load_state(first, "gradient_norms")
+    save_state(first, "gradient_norms", scalars, {**tensors, "l1": tensors["l1"].flip(0)})
+    with pytest.raises(ValueError, match="is not of the norms that its folder holds now"):
+        RefinedLinearDecayCallback(mode="refined", norms=str(first), tau=0.3).check_files()
+
+
+@pytest.mark.parametrize(
+    "change", [{"factors": [1.0]}, {"factors": ["x"] * 9}, {"norm": "l3"}, {"tau": None}, {"optimizer": 3}]
+)
+def test_a_file_that_is_no_schedule_is_refused(change: Any, first: Path) -> None:
+    refine_run(first)
+    path = first / "refined_schedule.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for norms in (first, path):
+        with pytest.raises(ValueError, match="norms must be a file of hf-ext schedule refine"):
+            RefinedLinearDecayCallback(mode="refined", norms=str(norms)).check_files()
+    path.write_text("[")
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        RefinedLinearDecayCallback(mode="refined", norms=str(path)).check_files()
+    path.unlink()
+    with pytest.raises(ValueError, match="there is no refined schedule"):
+        RefinedLinearDecayCallback(mode="refined", norms=str(path)).check_files()
 
 
 def test_a_warmup_longer_than_the_run_is_refused(tmp_path: Path) -> None:
@@ -391,7 +556,11 @@ def test_recording_in_the_sft_trainer_sees_the_whole_batch(tmp_path: Path) -> No
 def test_logs_and_files_are_json(tmp_path: Path) -> None:
     build(tmp_path, RefinedLinearDecayCallback()).train()
     json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
-    assert json.loads((tmp_path / "gradient_norms.json").read_text())["scalars"] == {"optimizer": "AdamW"}
+    assert json.loads((tmp_path / "gradient_norms.json").read_text())["scalars"] == {
+        "optimizer": "AdamW",
+        "done_steps": 10,
+        "total_steps": 10,
+    }
 
 
 # In two numbers -----------------------------------------------------------------------------------

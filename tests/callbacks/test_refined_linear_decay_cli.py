@@ -79,6 +79,44 @@ def test_bad_options_are_one_line(
     assert error.count("\n") == 1
 
 
+def record(folder: Path, count: int, **scalars: object) -> None:
+    tensors = {name: torch.arange(1, count + 1) for name in ("step", "l1", "l2")}
+    tensors |= {name: tensors[name].double() for name in ("l1", "l2")}
+    save_state(folder, "gradient_norms", {"optimizer": "AdamW", **scalars}, tensors)
+
+
+def test_norms_that_no_later_run_would_take_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, 7)
+    assert main(["schedule", "refine", str(tmp_path)]) == 2
+    assert f"norms must be of at least 8 updates, got '{tmp_path}' (it holds 7)" in capsys.readouterr().err
+    record(tmp_path, 30, done_steps=30, total_steps=40)
+    assert main(["schedule", "refine", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "of a run that has come to its end (resume it, or give --allow-partial)" in error
+    assert "(it holds the norms of 30 of 40 updates)" in error
+    assert [path.suffix for path in tmp_path.glob("refined*")] == []
+    assert main(["schedule", "refine", str(tmp_path), "--allow-partial"]) == 0
+    assert capsys.readouterr().out.startswith("note: made of the norms of 30 of 40 updates alone\n")
+    # Two updates were left out for overflows, but the run is whole.
+    record(tmp_path, 38, done_steps=40, total_steps=40)
+    assert main(["schedule", "refine", str(tmp_path)]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_an_unknown_optimizer_and_a_missing_plot_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, 20, optimizer="Muon")
+    monkeypatch.setattr("hf_ext.training.refine.find_spec", lambda _: None)
+    assert main(["schedule", "refine", str(tmp_path)]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "does not know the optimizer Muon and takes l2" in notes[0]
+    assert notes[1:] == ["note: no plot without matplotlib: pip install 'hf-ext[plot]'"]
+    assert not (tmp_path / "refined_schedule.png").exists()
+
+
 def test_a_folder_without_norms_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule", "refine", str(tmp_path)]) == 2
     assert "holds no recorded gradient norms" in capsys.readouterr().err
