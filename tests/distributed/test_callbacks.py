@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.callbacks.runs import MIDDLE, make
 from tests.distributed import callbacks_worker as worker
 from tests.distributed.launch import once_for_each_mode, result
 
@@ -55,4 +56,22 @@ def test_two_processes_equal_one(mode: str, case: str, outputs: Runs, tmp_path: 
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if key.startswith("log.") else {"rtol": 0.0, "atol": 1e-6}
         torch.testing.assert_close(
             both[key], expected, **tolerance, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.mark.parametrize("case", worker.cases("ddp"))
+def test_one_process_goes_on_where_two_have_stopped(case: str, outputs: Runs, tmp_path: Path) -> None:
+    info, checkpoint = worker.cases()[case], str(outputs("ddp") / case / f"checkpoint-{MIDDLE}")
+    callback = make(info)
+    if callback.per_rank or "batch_size" in callback.owns:
+        with pytest.raises(ValueError, match=r"(world size|number of processes) must be 2"):
+            worker.run(tmp_path, info, "accumulated", checkpoint)
+        return
+    alone = worker.run(tmp_path, info, "accumulated", checkpoint)
+    both = result(outputs("ddp"), case, "whole")
+    assert alone.keys() == both.keys()
+    for key, expected in both.items():
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if key.startswith("log.") else {"rtol": 0.0, "atol": 1e-6}
+        torch.testing.assert_close(
+            alone[key], expected, **tolerance, msg=lambda text, key=key: f"{key}: {text}"
         )
