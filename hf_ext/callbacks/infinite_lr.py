@@ -16,21 +16,19 @@ Differs from the paper:
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-from ..core import dist
 from ..core.checks import check, check_choice
-from ..core.files import atomic_folder
-from ..core.state import load_state, save_state
 from ._base import Neutral, Run, register_callback
+from ._branch import check_trained, keep, resumed_from, trained_tensors
 from ._infinite_curve import PHASES, InfiniteLRCurve, check_levels
 from ._schedule import LearningRateCallback
 
@@ -74,13 +72,16 @@ BRANCH = "infinite_branch"
 class InfiniteLRCallback(LearningRateCallback):
     """Follow the infinite schedule; anneal when asked to, and keep the checkpoint to continue from.
 
-    Before an anneal the checkpoint is saved and kept, with optimizer and scheduler, as
-    `output_dir/infinite_branch`; the anneal ends the run with a last checkpoint. New data continue from the
-    branch: `hf_ext.attach(trainer, InfiniteLRCallback(continue_from="out/infinite_branch"))` starts with its
+    Before an anneal the checkpoint is saved, whatever `save_strategy` says, and a copy of it is kept, with
+    optimizer and scheduler, as `output_dir/infinite_branch`; it is as large as a checkpoint, and only the
+    anneal of a later run in that folder puts another in its place. The anneal ends the run with a last
+    checkpoint. New data continue from the branch:
+    `hf_ext.attach(trainer, InfiniteLRCallback(continue_from="out/infinite_branch"))` starts with its
     weights, its optimizer state and the constant rate, from the first batch of the new data.
 
-    In a checkpoint: the curve's marks and ratios, the optimizer's class name, and how many annealed
-    checkpoints the weights have been continued from.
+    In a checkpoint: the curve's marks and ratios, where the run began on it and how long it was to be, the
+    optimizer's class name, names and shapes of the trained tensors, and how many annealed checkpoints the
+    weights have been continued from.
 
     Args:
         warmup_steps: End of the warm-up in optimizer steps, at least 0; None for `warmup_end`.
@@ -123,6 +124,11 @@ class InfiniteLRCallback(LearningRateCallback):
     allow_annealed: bool = False
     rewarm_steps: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # What a run has continued from, and the model that it has trained to the end.
+        self._ended: tuple[str | None, Callable[[], Any]] = (None, lambda: None)
+
     def validate(self) -> None:
         """Check the settings."""
         check_levels(self)
@@ -159,7 +165,8 @@ class InfiniteLRCallback(LearningRateCallback):
 
         Raises:
             ValueError: It is no checkpoint of this schedule's constant phase, nor an annealed one that is
-                allowed.
+                allowed; its run trained other tensors than the trainer's model does; or this trainer has
+                trained from it before.
         """
         if self.continue_from is None:
             return None
@@ -167,7 +174,8 @@ class InfiniteLRCallback(LearningRateCallback):
         for name in ("trainer_state.json", "scheduler.pt", f"{self.file_name()}.json"):
             rule = f"a checkpoint of a run with {type(self).__name__}"
             check((folder / name).is_file(), "continue_from", self.continue_from, rule, where=f"no {name}")
-        phase = self.read_state(folder, of_other_run=True)["phase"]
+        state = self.read_state(folder, of_other_run=True)
+        phase = state["phase"]
         annealed = phase in ("anneal", "annealed")
         rule = "a checkpoint of the constant phase, such as infinite_branch"
         rule += "" if not annealed else ", unless allow_annealed=True"
@@ -175,6 +183,14 @@ class InfiniteLRCallback(LearningRateCallback):
         check(fits, "continue_from", self.continue_from, rule, where=f"it is of the phase {phase}")
         rule = "0 where continue_from is a checkpoint of the constant phase, which needs no rise"
         check(annealed or self.rewarm_steps == 0, "rewarm_steps", self.rewarm_steps, rule)
+        if self.trainer is not None:
+            model, (origin, ended) = self.trainer.model, self._ended
+            first = ended() is not model or origin != self.continue_from
+            rule = "None, or another checkpoint, in a second train() of a trainer"
+            why = "the weights that the first has trained would be lost; to go on from them, resume"
+            check(first, "continue_from", self.continue_from, rule, where=why)
+            here = trained_tensors(model, self.trainer.optimizer)
+            check_trained(state.get("trained"), here, "continue_from", self.continue_from)
         return self.continue_from
 
     def reset(self) -> None:
@@ -185,22 +201,37 @@ class InfiniteLRCallback(LearningRateCallback):
         self._plan: list[Any] = []
         self._can_branch = True
         self._reopened = 0  # annealed checkpoints that the weights have been continued from
+        self._demanded = False  # whether the anneal on the curve is one that start_anneal asked for
+        self._run_start: float | None = None  # time of this run's first update
+        self._run_steps: int | None = None  # its max_steps
+        self._trained: dict[str, Any] | None = None
+        self._loosened: TrainingArguments | None = None
 
     def begin(self, run: Run) -> None:
         """Follow the curve, from where the checkpoint stands where there is one."""
         if run.warm_start is not None:
             self.load_state_dict(self.read_state(run.warm_start, of_other_run=True))
+            self._asked = None  # in the other run
             self._reopen(run)
         optimizer = run.optimizer_name
         known = self._optimizer in (None, optimizer)
         check(known, "optimizer", optimizer, f"{self._optimizer}, as in the checkpoint")
         self._optimizer, self._can_branch = optimizer, not run.args.save_only_model
-        fresh = self.curve is None
+        self._trained = trained_tensors(run.model, run.optimizer)
+        new = self.curve is None or run.warm_start is not None
         super().begin(run)
+        if new or self._run_start is None:  # checkpoints of before it was kept have none
+            self._run_start = self._curve().time(self.step) - run.state.global_step
+        before, self._run_steps = self._run_steps, run.state.max_steps
         plan = [self.anneal_start, self.anneal_steps, self.anneal]
-        if fresh or run.warm_start is not None or plan != self._plan:
-            self._plan_anneal(run)
-            self._plan = plan
+        if new or plan != self._plan:
+            self._plan_anneal()
+        elif before is not None and before != self._run_steps:
+            self._fit_anneal(before)
+        self._plan = plan
+        checkpoint = resumed_from(run.state)
+        if checkpoint is not None:  # its own run may have ended before the branch was kept
+            self._keep(checkpoint, run.output_dir)
 
     def _reopen(self, run: Run) -> None:
         """Leave the anneal of the checkpoint that a run continues from, where it has been annealed."""
@@ -243,8 +274,10 @@ class InfiniteLRCallback(LearningRateCallback):
         """Return the saved curve."""
         return InfiniteLRCurve(**fields)
 
-    def _plan_anneal(self, run: Run) -> None:
+    def _plan_anneal(self) -> None:
         """Set the marks of the anneal that the settings ask for; none are left of an earlier plan."""
+        assert self._run_start is not None
+        assert self._run_steps is not None
         curve = self._curve()
         now = curve.time(self.step)
         check(
@@ -253,10 +286,10 @@ class InfiniteLRCallback(LearningRateCallback):
             self.anneal_start,
             "left as it was once an anneal has begun",
         )
-        begin = now - run.state.global_step  # of this run, in the curve's time
-        last = begin + run.state.max_steps - 1
+        last = self._run_start + self._run_steps - 1
         start = self.anneal_start
         curve.anneal, curve.anneal_start, curve.anneal_steps = self.anneal, None, None
+        self._demanded = False
         if start is None:
             check(
                 self.anneal_steps is None,
@@ -269,21 +302,41 @@ class InfiniteLRCallback(LearningRateCallback):
         first = max(curve.cooldown_steps, now)
         if curve.rewarm_start is not None:
             first = max(first, curve.rewarm_start + curve.rewarm_steps)
-        mark = round(begin + start * run.state.max_steps) if isinstance(start, float) else start
+        share = isinstance(start, float)
+        mark = round(self._run_start + start * self._run_steps) if share else start
         rule = f"in the constant phase of this run, {first:g} to {last - 1:g}"
         check(first <= mark < last, "anneal_start", start, rule, where=f"step {mark}")
         curve.anneal_start = mark
         curve.anneal_steps = round(last) - mark if self.anneal_steps is None else self.anneal_steps
-        if mark + curve.anneal_steps > last:
-            warnings.warn(
-                f"anneal_steps reaches beyond the run, which ends at {curve.factor(last):g} of the peak rate",
-                stacklevel=2,
-            )
+        _warn_if_cut(curve, last)
+
+    def _fit_anneal(self, before: int) -> None:
+        """Plan the anneal for another length of the run than the checkpoint's, unless it has begun."""
+        curve, start, steps = self._curve(), self._run_start, self._run_steps
+        if curve.anneal_start is None or curve.anneal_steps is None or start is None or steps is None:
+            return
+        marks = (curve.anneal_start, curve.anneal_steps)
+        if self._demanded or _annealing(curve, curve.time(self.step)):
+            last, end = start + steps - 1, sum(marks)
+            cut = f"is cut short at {curve.factor(last):g} of the peak rate"
+            change = f"has begun, and {cut if end > last else f'ends the run at step {end - start + 1:g}'}"
+        else:
+            self._plan_anneal()
+            if marks == (curve.anneal_start, curve.anneal_steps):
+                return
+            change = f"begins after {curve.anneal_start - start:g} steps and takes {curve.anneal_steps:g}, "
+            change += f"where it was to begin after {marks[0] - start:g} and take {marks[1]:g}"
+        name = type(self).__name__
+        warnings.warn(
+            f"{name}: max_steps is {steps}, and {before} in the checkpoint: the anneal {change}", stacklevel=2
+        )
 
     def start_anneal(self, steps: int) -> None:
-        """Ask for an anneal; it begins with the update after the current one, from a kept checkpoint.
+        """Ask for an anneal; it begins at the end of an update, from a checkpoint that is kept.
 
-        From another callback, a signal handler or a thread; on every process, before the same update.
+        From another callback, a signal handler or a thread; on every process, before the same update. What is
+        asked for during an update holds from the next one on. What is asked for after this callback's own
+        `on_step_end`, as from that of a callback which stands behind it, holds one update later.
 
         Args:
             steps: Length in optimizer steps, at least 1.
@@ -314,42 +367,59 @@ class InfiniteLRCallback(LearningRateCallback):
         if self._asked is not None and curve.phase(now) not in ("warmup", "cooldown", "rewarm"):
             curve.anneal_start = curve.anneal_steps = None  # one that was planned for later
             curve.start_anneal(round(now), self._asked)
-            self._asked, arrived = None, True
+            self._asked, self._demanded, arrived = None, True, True
+            _warn_if_cut(curve, curve.time(self.step + state.max_steps - state.global_step - 1))
         if curve.anneal_start is None or curve.anneal_steps is None:
             return
         if curve.time(self.step - 1) < curve.anneal_start < now:
             # A batch that has grown steps over the mark: the anneal begins here, and ends where it was to.
             curve.anneal_steps = max(curve.anneal_steps - (now - curve.anneal_start), 1)
             curve.anneal_start = now
-        if now == curve.anneal_start and arrived:
+        ended = curve.time(self.step - 1) >= curve.anneal_start + curve.anneal_steps
+        cut = now > curve.anneal_start and state.global_step >= state.max_steps  # short, as by overflows
+        if ended:
+            control.should_training_stop = True
+        if ended or cut or (now == curve.anneal_start and arrived):
             control.should_save = True
-        if curve.time(self.step - 1) >= curve.anneal_start + curve.anneal_steps:
-            control.should_save = control.should_training_stop = True
-        if now > curve.anneal_start and state.global_step >= state.max_steps:  # cut short, as by overflows
-            control.should_save = True
+            self._save_whatever_is_best(args)
+
+    def _save_whatever_is_best(self, args: TrainingArguments) -> None:
+        """Keep an evaluation of this step from taking the save back, until the save."""
+        if args.save_strategy == SaveStrategy.BEST:
+            args.save_strategy, self._loosened = SaveStrategy.STEPS, args
+
+    def _tighten(self) -> None:
+        if self._loosened is not None:
+            self._loosened.save_strategy, self._loosened = SaveStrategy.BEST, None
+
+    def undo(self) -> None:
+        """Give the Trainer's scheduler and its settings back."""
+        self._tighten()
+        super().undo()
+
+    def finish(self, run: Run) -> None:
+        """Remember what has been trained, and tell of an anneal that there was no time for."""
+        if self.trainer is not None and self.continue_from is not None:
+            self._ended = (self.continue_from, weakref.ref(self.trainer.model))
+        if self._asked is not None:
+            phase = self._curve().phase(self._curve().time(self.step))
+            warnings.warn(
+                f"the anneal that was asked for has not begun: the run ended in the {phase} phase",
+                stacklevel=2,
+            )
 
     def saved(self, run: Run, folder: Path) -> None:
         """Keep the checkpoint that an anneal starts from, where no rotation finds it."""
-        curve = self._curve()
-        if (
-            self._can_branch
-            and curve.anneal_start is not None
-            and curve.time(self.step) == curve.anneal_start
-        ):
-            dist.on_main(lambda: self._keep(folder, run.output_dir / BRANCH))
+        self._tighten()
+        self._keep(folder, run.output_dir)
 
-    def _keep(self, folder: Path, branch: Path) -> None:
-        with atomic_folder(branch) as fresh:
-            shutil.copytree(folder, fresh, copy_function=_link, dirs_exist_ok=True)
+    def _keep(self, checkpoint: Path, output_dir: Path) -> None:
+        start = self._curve().anneal_start
+        if self._can_branch and start is not None and self._curve().time(self.step) == start:
             # There it has never been annealed, whatever the settings that it is resumed with.
-            scalars, tensors = load_state(fresh, self.file_name())
-            unplanned = {
-                "curve.anneal_start": None,
-                "curve.anneal_steps": None,
-                "plan": [None, None, self.anneal],
-            }
-            scalars["state"].update(unplanned)
-            save_state(fresh, self.file_name(), scalars, tensors)
+            plan = [None, None, self.anneal]
+            unplanned = {"curve.anneal_start": None, "curve.anneal_steps": None, "plan": plan}
+            keep(checkpoint, output_dir / BRANCH, self.file_name(), unplanned)
 
     def _check_branch(self) -> None:
         rule = "False where an anneal is to come: the checkpoint to continue from needs the optimizer's state"
@@ -369,18 +439,21 @@ class InfiniteLRCallback(LearningRateCallback):
         return found | ({"reopened": float(self._reopened)} if self._reopened else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the curve, its phase, the plan that the settings asked for, and the optimizer's class."""
+        """Return the curve, its phase, the plan that the settings asked for, and what is trained."""
         curve = self._curve()
         now = curve.time(self.step)
         phase = "constant" if now == curve.anneal_start else curve.phase(now)
-        own = {"phase": phase, "plan": self._plan, "asked": self._asked, "optimizer": self._optimizer}
-        return {**super().state_dict(), **own, "reopened": self._reopened}
+        own = {"phase": phase, "plan": self._plan, "asked": self._asked, "demanded": self._demanded}
+        run = {"run_start": self._run_start, "run_steps": self._run_steps}
+        weights = {"optimizer": self._optimizer, "trained": self._trained, "reopened": self._reopened}
+        return {**super().state_dict(), **own, **run, **weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
+        """Restore them; checkpoints of earlier versions have fewer."""
         super().load_state_dict(state)
         self._plan, self._asked, self._optimizer = list(state["plan"]), state["asked"], state["optimizer"]
-        self._reopened = state.get("reopened", 0)  # checkpoints of before it was counted have none
+        self._reopened, self._demanded = state.get("reopened", 0), state.get("demanded", False)
+        self._run_start, self._run_steps = state.get("run_start"), state.get("run_steps")
 
 
 def _annealing(curve: InfiniteLRCurve, now: float) -> bool:
@@ -388,8 +461,12 @@ def _annealing(curve: InfiniteLRCurve, now: float) -> bool:
     return curve.anneal_start is not None and now > curve.anneal_start
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+def _warn_if_cut(curve: InfiniteLRCurve, last: float) -> None:
+    """Warn of an anneal that is not over at the time of the run's last update."""
+    assert curve.anneal_start is not None
+    assert curve.anneal_steps is not None
+    if curve.anneal_start + curve.anneal_steps > last:
+        rate = curve.factor(last)
+        warnings.warn(
+            f"anneal_steps reaches beyond the run, which ends at {rate:g} of the peak rate", stacklevel=2
+        )

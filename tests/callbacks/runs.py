@@ -1,7 +1,8 @@
 """Small runs of a Trainer that the tests of callbacks share, and, as a program, runs that are killed.
 
 Usage: python -m tests.callbacks.runs OUT
-Runs every registered callback in OUT/<name>, each in a process that gets SIGKILL after step 7.
+Runs every registered callback in OUT/<name>, and a schedule that anneals then in OUT/annealing, each in a
+process that gets SIGKILL after step 7.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_ext
+from hf_ext.callbacks import InfiniteLRCallback
 from hf_ext.callbacks._base import Callback
 from hf_ext.core.registry import MethodInfo
 from tests.conftest import build_tiny_llama, freeze_modules
@@ -151,6 +153,11 @@ def make(info: MethodInfo, **settings: Any) -> Callback:
     return cls(**(settings or info.test_kwargs))
 
 
+def annealing() -> InfiniteLRCallback:
+    """Return a schedule whose anneal has begun at the checkpoint in the middle, and ends before the run."""
+    return InfiniteLRCallback(warmup_steps=1, cooldown_steps=2, anneal_start=3, anneal_steps=5)
+
+
 def parameters(trainer: Trainer) -> dict[str, Tensor]:
     """Return copies of the model's parameters."""
     model: Any = trainer.model
@@ -212,14 +219,15 @@ class Bumpy:
 def main() -> None:
     """Run every callback in a process that is killed."""
     out = Path(sys.argv[1])
-    for case in methods("callback"):
+    callbacks = {str(case.id): make(case.values[0]) for case in methods("callback")}
+    for name, callback in {**callbacks, "annealing": annealing()}.items():
         pid = os.fork()  # before any computation: a fork after it could find locks that nobody opens
         if pid == 0:
-            build(out / str(case.id), make(case.values[0]), others=[StopAt(7, kill=True)]).train()
+            build(out / name, callback, others=[StopAt(7, kill=True)]).train()
             os._exit(1)  # it was not killed
         _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status), case.id
-        assert os.WTERMSIG(status) == signal.SIGKILL, case.id
+        assert os.WIFSIGNALED(status), name
+        assert os.WTERMSIG(status) == signal.SIGKILL, name
 
 
 if __name__ == "__main__":

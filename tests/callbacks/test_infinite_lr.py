@@ -15,8 +15,20 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_ext.callbacks import InfiniteLRCallback, InfiniteLRCurve
+from hf_ext.callbacks._branch import check_trained, trained_tensors
 from hf_ext.callbacks._infinite_curve import ANNEALS, COOLDOWNS
-from tests.callbacks.runs import SaveAt, StopAt, build, equal, logged, parameters, rows, tiny_model
+from tests.callbacks.runs import (
+    BEST,
+    Bumpy,
+    SaveAt,
+    StopAt,
+    build,
+    equal,
+    logged,
+    parameters,
+    rows,
+    tiny_model,
+)
 from tests.reference.infinite_lr import learning_rate
 
 MARKS: dict[str, Any] = {"warmup_steps": 4, "cooldown_steps": 8, "anneal_start": 20, "anneal_steps": 10}
@@ -191,7 +203,9 @@ def test_shares_of_the_first_run_are_kept(tmp_path: Path) -> None:
     trainer.train()
     # Resumed for twice the length: the shares would now be other steps.
     longer = build(tmp_path, InfiniteLRCallback(**settings), max_steps=20)
-    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # an open schedule has no length
+        longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert logged(longer, "learning_rate")[:10] == logged(trainer, "learning_rate")
     assert set(logged(longer, "learning_rate")[4:]) == {1e-2 * 0.1}
 
@@ -239,6 +253,67 @@ def test_anneal_on_demand_saves_a_branch_and_ends_the_run(tmp_path: Path) -> Non
     } <= names
     assert json.loads((tmp_path / "infinite_branch" / "trainer_state.json").read_text())["global_step"] == 6
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("event", "first"), [("on_step_begin", 6), ("on_step_end", 7)])
+def test_when_an_anneal_that_is_asked_for_begins(event: str, first: int, tmp_path: Path) -> None:
+    callback = InfiniteLRCallback(**SHORT)
+
+    class Ask(TrainerCallback):
+        pass
+
+    def ask(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # In the sixth update, or after it.
+        if state.global_step == (5 if event == "on_step_begin" else 6):
+            callback.start_anneal(30)
+
+    setattr(Ask, event, ask)
+    trainer = build(tmp_path, callback, others=[Ask()], save_strategy="no")
+    end = 0.1 * 0.1 ** ((9 - first) / 30)
+    with pytest.warns(UserWarning, match=rf"beyond the run, which ends at {end:g} of the peak"):
+        trainer.train()
+    assert logged(trainer, "infinite_lr/phase").index(3.0) == first
+    assert logged(trainer, "learning_rate")[-1] == pytest.approx(1e-2 * end, rel=1e-12)
+
+
+def test_an_anneal_that_never_begins_is_told(tmp_path: Path) -> None:
+    callback, ask = InfiniteLRCallback(**SHORT), AnnealAt(5)
+    ask.callback = callback
+    trainer = build(tmp_path, callback, others=[ask], max_steps=5, save_strategy="no")
+    with pytest.warns(UserWarning, match="has not begun: the run ended in the constant phase"):
+        trainer.train()
+
+
+class FailAt(TrainerCallback):
+    """Fail in the evaluation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise InterruptedError("stopped by the test")
+
+
+def test_an_anneal_is_saved_where_the_best_are(tmp_path: Path) -> None:
+    def saving_the_best(fail: int) -> Any:
+        callback = InfiniteLRCallback(**SHORT, anneal_start=7, anneal_steps=1)
+        best = {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": False}
+        trainer = build(tmp_path, callback, others=[FailAt(fail)], **{**BEST, **best})
+        Bumpy(trainer)  # each is the best so far up to the fifth
+        return trainer
+
+    failing = saving_the_best(7)
+    with pytest.raises(InterruptedError):
+        failing.train()
+    assert failing.args.save_strategy == "best"
+    trainer = saving_the_best(99)
+    trainer.train()
+    steps = {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
+    assert steps == {1, 2, 3, 4, 5, 7, 9}
+    state = json.loads((tmp_path / "infinite_branch" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["best_global_step"]) == (7, 5)
+    assert trainer.args.save_strategy == "best"
 
 
 class Hurry(TrainerCallback):
@@ -300,6 +375,64 @@ def test_a_second_or_an_early_anneal(tmp_path: Path) -> None:
     trainer = build(tmp_path, callback, others=[ask])
     trainer.train()
     assert logged(trainer, "infinite_lr/phase") == [0, 0, 1, 1, 3, 3, 3, 3]
+
+
+# Runs of another length ---------------------------------------------------------------------------
+
+SHARE: dict[str, Any] = {**SHORT, "anneal_start": 0.8}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of ten steps that anneals after eight."""
+    folder = tmp_path_factory.mktemp("planned")
+    build(folder, InfiniteLRCallback(**SHARE)).train()
+    return folder
+
+
+@pytest.mark.parametrize(("checkpoint", "steps"), [(5, 20), (8, 20), (5, 8)])
+def test_an_anneal_fits_a_resumed_run_s_length(
+    checkpoint: int, steps: int, planned: Path, tmp_path: Path
+) -> None:
+    whole = build(tmp_path, InfiniteLRCallback(**SHARE), max_steps=steps, save_strategy="no")
+    whole.train()
+    start = round(0.8 * steps)
+    text = (
+        rf"max_steps is {steps}, and 10 in the checkpoint: the anneal begins after {start} steps and takes "
+    )
+    text += rf"{steps - start - 1}, where it was to begin after 8 and take 1"
+    resumed = build(tmp_path, InfiniteLRCallback(**SHARE), max_steps=steps, save_steps=1000)
+    with pytest.warns(UserWarning, match=text):
+        resumed.train(resume_from_checkpoint=str(planned / f"checkpoint-{checkpoint}"))
+    assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
+    assert len(logged(resumed, "learning_rate")) == steps
+    assert equal(parameters(resumed), parameters(whole))
+
+
+@pytest.mark.parametrize(
+    ("steps", "end"), [(20, "ends the run at step 10"), (7, r"is cut short at 0\.0398107 of the peak")]
+)
+def test_an_anneal_that_has_begun_keeps_its_length(steps: int, end: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"warmup_steps": 1, "cooldown_steps": 2, "anneal_start": 0.4}
+    whole = build(tmp_path, InfiniteLRCallback(**settings))
+    whole.train()
+    resumed = build(tmp_path, InfiniteLRCallback(**settings), max_steps=steps)
+    with pytest.warns(UserWarning, match=f"in the checkpoint: the anneal has begun, and {end}"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")[: min(steps, 10)]
+
+
+def test_an_anneal_that_was_asked_for_is_not_planned_anew(tmp_path: Path) -> None:
+    callback, ask = InfiniteLRCallback(**SHARE), AnnealAt(4)
+    ask.callback = callback
+    whole = build(tmp_path, callback, others=[ask])
+    whole.train()
+    # The checkpoint is of the moment before its first update.
+    resumed = build(tmp_path, InfiniteLRCallback(**SHARE), max_steps=20)
+    with pytest.warns(UserWarning, match="the anneal has begun, and ends the run at step 9"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert equal(parameters(resumed), parameters(whole))
+    assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
 
 
 # Continuing ---------------------------------------------------------------------------------------
@@ -376,6 +509,114 @@ def test_continuing_from_the_branch_equals_a_run_that_never_annealed(tmp_path: P
     back = build(tmp_path / "back", InfiniteLRCallback(**SHORT))
     back.train(resume_from_checkpoint=str(tmp_path / "annealed" / "infinite_branch"))
     assert equal(parameters(back), parameters(never))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_later_run_in_the_folder_leaves_the_branch(tmp_path: Path) -> None:
+    first_run(tmp_path, anneal_start=5)
+    branch = tmp_path / "infinite_branch"
+    before = contents(branch)
+    start = InfiniteLRCallback(continue_from=str(branch))
+    later = build(tmp_path, start, data=rows(50))  # it saves a checkpoint-5 too
+    later.train()
+    assert contents(branch) == before
+    assert contents(tmp_path / "checkpoint-5").keys() == before.keys()
+    assert contents(tmp_path / "checkpoint-5")["optimizer.pt"] != before["optimizer.pt"]
+
+
+def test_a_run_that_is_resumed_where_its_anneal_begins_keeps_the_branch(
+    planned: Path, tmp_path: Path
+) -> None:
+    # As one is that was killed between the checkpoint and the copy.
+    out = tmp_path / "out"
+    build(out, InfiniteLRCallback(**SHARE)).train(resume_from_checkpoint=str(planned / "checkpoint-8"))
+    branch = out / "infinite_branch"
+    assert contents(branch) == contents(planned / "infinite_branch")
+    # One that is resumed from the branch itself leaves it as it is.
+    place = branch.stat().st_ino
+    build(out, InfiniteLRCallback(**SHARE)).train(resume_from_checkpoint=str(branch))
+    assert branch.stat().st_ino == place
+    # An anneal that only the resumed run plans, for where it stands.
+    settings: dict[str, Any] = {**SHORT, "anneal_start": 5}
+    build(out, InfiniteLRCallback(**settings)).train(resume_from_checkpoint=str(planned / "checkpoint-5"))
+    assert json.loads((branch / "trainer_state.json").read_text())["global_step"] == 5
+    assert InfiniteLRCallback(**SHORT).read_state(branch)["curve.anneal_start"] is None
+
+
+def test_other_trained_tensors_are_refused_before_weights_are_read(planned: Path, tmp_path: Path) -> None:
+    def refused(model: Any, text: str, optimizer: Any = None) -> None:
+        callback = InfiniteLRCallback(continue_from=str(planned / "infinite_branch"))
+        trainer = build(tmp_path, callback, model=model)
+        trainer.optimizer = optimizer
+        with torch.no_grad():
+            model.lm_head.weight.fill_(0.5)
+        with pytest.raises(ValueError, match=text):
+            trainer.train()
+        assert (model.lm_head.weight == 0.5).all()
+
+    frozen = tiny_model()
+    frozen.model.norm.weight.requires_grad_(False)
+    same = "continue_from must be a checkpoint of a run that trained the same tensors"
+    refused(frozen, rf"{same}, got .*infinite_branch' \(trained there alone: model\.norm\.weight\)")
+    wide = tiny_model()
+    wide.model.layers[0].mlp.down_proj = nn.Linear(48, 16, bias=True)
+    down = r"model\.layers\.0\.mlp\.down_proj"
+    shapes = r"\[16, 24\] there, \[16, 48\] here"
+    refused(wide, rf"trained here alone: {down}\.bias; of another shape: {down}\.weight {shapes}")
+    model = tiny_model()
+    one_group = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    count = len(list(model.parameters()))
+    text = (
+        rf"optimizer must be one with parameter groups of \[\d+, 3\] tensors, .*got 'groups of \[{count}\]'"
+    )
+    refused(model, text, one_group)
+
+
+def test_wrappers_do_not_count_as_other_tensors() -> None:
+    model = tiny_model()
+    model.model.norm.weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    noted = trained_tensors(torch.compile(model), torch.optim.SGD(trained, lr=0.1))
+    assert noted == trained_tensors(model, torch.optim.SGD(trained, lr=0.1))
+    assert noted is not None
+    assert noted["groups"] == [len(trained)]
+    assert noted["shapes"]["lm_head.weight"] == list(model.lm_head.weight.shape)
+    # Where an optimizer holds one tensor for many, its groups say nothing.
+    flat = trained_tensors(model, torch.optim.SGD([torch.zeros(5, requires_grad=True)], lr=0.1))
+    assert flat == {**noted, "groups": None}
+    check_trained(noted, flat, "continue_from", "x")
+
+
+def test_a_second_train_does_not_throw_the_first_s_weights_away(planned: Path, tmp_path: Path) -> None:
+    stop = StopAt(2)
+    callback = InfiniteLRCallback(continue_from=str(planned / "infinite_branch"))
+    trainer = build(tmp_path, callback, others=[stop], max_steps=3, save_strategy="no")
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.remove_callback(stop)
+    trainer.train()  # the first has not come to its end
+    assert logged(trainer, "infinite_lr/time") == [8.0, 9.0, 10.0]
+    before = parameters(trainer)
+    with pytest.raises(ValueError, match=r"continue_from must be None, or another .* in a second train\(\)"):
+        trainer.train()
+    assert equal(parameters(trainer), before)
+    # Another model has none to lose.
+    other = build(tmp_path, callback, max_steps=1, save_strategy="no")
+    other.train()
+    assert logged(other, "infinite_lr/time") == [8.0]
+
+
+def test_what_another_run_had_asked_for_is_not_taken_along(tmp_path: Path) -> None:
+    callback, ask = InfiniteLRCallback(**SHORT), AnnealAt(5)
+    ask.callback = callback
+    build(tmp_path / "one", callback, others=[ask]).train()
+    start = InfiniteLRCallback(continue_from=str(tmp_path / "one" / "checkpoint-5"))
+    trainer = build(tmp_path / "two", start, max_steps=5, save_strategy="no")
+    trainer.train()
+    assert logged(trainer, "infinite_lr/phase") == [2.0] * 5
 
 
 @pytest.mark.parametrize("on_demand", [False, True])

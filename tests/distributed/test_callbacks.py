@@ -45,6 +45,22 @@ def test_resumed_run_is_bit_equal(mode: str, case: str, outputs: Runs) -> None:
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_processes_keep_a_whole_branch_and_continue_from_it(mode: str, outputs: Runs, tmp_path: Path) -> None:
+    branch = outputs(mode) / "annealed" / "infinite_branch"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in branch.iterdir()}
+    first, second = (result(outputs(mode), "infinite_lr", "continued", rank) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    assert first["log.learning_rate"].tolist() == pytest.approx([0.1 * 0.1] * 3, rel=1e-6)  # a log in float32
+    assert first["log.infinite_lr/time"].tolist() == [2.0, 3.0, 4.0]
+    # One process cannot read the optimizer of FSDP2, and starts from DDP's, which has done the same.
+    alone = worker.continued(tmp_path, outputs("ddp") / "annealed" / "infinite_branch", "one")
+    assert alone.keys() == first.keys()
+    for key, expected in alone.items():
+        torch.testing.assert_close(first[key], expected, rtol=0.0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("mode", "case"), JOINED)
 def test_two_processes_equal_one(mode: str, case: str, outputs: Runs, tmp_path: Path) -> None:
     # What is measured between gradients sees those of each process with DDP, and their mean with FSDP2.
