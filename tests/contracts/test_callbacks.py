@@ -1,4 +1,4 @@
-"""What holds for every registered callback, under transformers' Trainer and TRL's SFTTrainer."""
+"""What holds for every registered callback, under transformers' Trainer and TRL's trainers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ from tests.callbacks.runs import (
 )
 from tests.conftest import REPOSITORY
 from tests.registry_cases import methods, refused_settings
+from tests.trainers import runs as trained
 
 CALLBACKS = methods("callback")
+SCHEDULES = [case for case in CALLBACKS if "learning_rate" in case.values[0].target.owns]
 PAIRS = [pytest.param(a, b, id=f"{a.name}-{b.name}") for a, b in combinations(registered("callback"), 2)]
 
 
@@ -411,6 +414,65 @@ def test_sft_trainer(info: MethodInfo, tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=resume)
         ends.append(parameters(trainer))
     assert equal(*ends)
+
+
+def preference_trainer(folder: Path) -> Any:
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    settings = trained.settings_of(DPOConfig, {**trained.ARGUMENTS, "max_steps": STEPS, "save_steps": MIDDLE})
+    return DPOTrainer(
+        trained.tiny_model(),
+        args=DPOConfig(str(folder), **settings),
+        train_dataset=trained.columns(trained.rows(), ("prompt", "chosen", "rejected")),
+        processing_class=trained.tokenizer(),
+    )
+
+
+def policy_trainer(folder: Path) -> Any:
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    # Each batch of completions serves for two updates of two micro-batches.
+    settings: dict[str, Any] = {
+        "num_generations": 2,
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    settings |= trained.settings_of(
+        GRPOConfig, {**trained.ARGUMENTS, "max_steps": STEPS, "save_steps": MIDDLE}
+    )
+    return GRPOTrainer(
+        trained.tiny_model(),
+        reward_funcs=trained.vowel_share,
+        args=GRPOConfig(str(folder), **{**settings, "max_completion_length": 3}),
+        train_dataset=trained.columns(trained.rows(), ("prompt",)),
+        processing_class=trained.tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("info", SCHEDULES)
+@pytest.mark.parametrize("trainer_of", [preference_trainer, policy_trainer])
+def test_schedules_in_other_trainers_of_trl(
+    info: MethodInfo, trainer_of: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    plain = build(tmp_path / "plain", make(info), save_strategy="no")
+    plain.train()
+    rates = logged(plain, "learning_rate")
+    assert rates != pytest.approx([1e-2 * (1.0 - step / STEPS) for step in range(STEPS)])
+    trainer = hf_ext.attach(trainer_of(tmp_path / "run"), make(info))
+    start = parameters(trainer)
+    trainer.train()
+    assert logged(trainer, "learning_rate") == rates
+    own = [key for key in trainer.state.log_history[-2] if key.startswith(f"{info.name}/")]
+    assert own
+    assert all(len(logged(trainer, key)) == STEPS for key in own)
+    ends = parameters(trainer)
+    assert all(value.isfinite().all() for value in ends.values())
+    assert not equal(ends, start)
+    if trainer_of is preference_trainer:  # what a policy generates is no part of a checkpoint
+        resumed = hf_ext.attach(trainer_of(tmp_path / "resumed"), make(info))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{MIDDLE}"))
+        assert logged(resumed, "learning_rate") == rates
+        assert equal(parameters(resumed), ends)
 
 
 class _Tokenizer:
