@@ -28,7 +28,8 @@ def attach(trainer: T, *callbacks: Callback) -> T:
 
     Raises:
         TypeError: The trainer is none, or a callback is not one of this library's.
-        ValueError: Two callbacks are of one class, or steer the same thing; the trainer is then unchanged.
+        ValueError: Two callbacks are of one class, or steer the same thing, or one does not fit the trainer's
+            arguments; the trainer is then unchanged.
     """
     from transformers import Trainer
 
@@ -39,6 +40,8 @@ def attach(trainer: T, *callbacks: Callback) -> T:
             raise TypeError(f"attach takes callbacks of hf_ext, got {callback!r}; others go to `callbacks=`")
     present = [c for c in trainer.callback_handler.callbacks if isinstance(c, Callback)]
     refuse_conflicts([*present, *callbacks])
+    for callback in callbacks:
+        callback.check_arguments(trainer.args)
     if not isinstance(trainer, TrainerSeams):
         trainer.__class__ = attached_class(type(trainer))
     for callback in callbacks:

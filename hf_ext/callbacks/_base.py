@@ -143,6 +143,13 @@ class Callback(TrainerCallback):
         """Return why `hf_ext.attach` is needed with these settings, or None where events are enough."""
         return None
 
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """Look at a trainer's arguments when the callback joins it, by `attach` or by `callbacks=`.
+
+        Raises:
+            ValueError: One does not fit.
+        """
+
     def check_files(self) -> None:
         """Look at the files that the settings name, before a model is read for the run.
 
@@ -231,8 +238,9 @@ class Callback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop where the callback was passed to `callbacks=` and cannot live on events."""
+        """Stop where the callback was passed to `callbacks=` and cannot live on events, or does not fit."""
         self._refuse_events_alone(args)
+        self.check_arguments(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

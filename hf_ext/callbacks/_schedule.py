@@ -121,6 +121,10 @@ class LearningRateCallback(Callback):
     def curve_from(self, fields: Mapping[str, Any]) -> Curve:
         """Return a curve with the fields of a saved one."""
 
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """Refuse a rate that optimizers refuse too, but do not name."""
+        check(args.learning_rate >= 0.0, "learning_rate", args.learning_rate, "above 0")
+
     def make_curve_anew(self, run: Run, curve: Curve) -> Curve:
         """Return the curve of a resumed run of another length than the one that the saved curve is for."""
         return self.make_curve(run)
@@ -142,7 +146,7 @@ class LearningRateCallback(Callback):
         check_scheduler(run.lr_scheduler)
         if run.own_scheduler:
             raise ValueError(_TWO_SCHEDULES)
-        _check_rates(run.lr_scheduler)
+        check_rates(run.optimizer)
         resumed = self.curve is not None
         if not resumed and run.state.global_step > 0:
             self._refuse_other_schedule(run)
@@ -232,8 +236,13 @@ def check_scheduler(scheduler: Any) -> None:
             raise ValueError(_TWO_SCHEDULES)
 
 
-def _check_rates(scheduler: LambdaLR) -> None:
-    rates = [float(rate) for rate in scheduler.base_lrs]
+def check_rates(optimizer: Any) -> None:
+    """Raise unless the peak of at least one parameter group is above 0, and none is below it.
+
+    Raises:
+        ValueError: They are not.
+    """
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     fits = all(math.isfinite(rate) and rate >= 0.0 for rate in rates) and any(rates)
     check(fits, "learning_rate", rates[0] if len(set(rates)) == 1 else rates, "above 0")
 

@@ -46,6 +46,7 @@ from ._loss_trace import (
     recorded_trace,
     schedule_rates,
 )
+from ._schedule import check_rates
 
 __all__ = [
     "AnnealingLaw",
@@ -178,6 +179,7 @@ class AnnealingLawCallback(Callback):
         rule = f"{', '.join(LAW_FOR[:-1])} or {LAW_FOR[-1]}, or a class of your own of one of them: no power"
         rule += " law is known for losses other than that of language modelling"
         check(kind in LAW_FOR, "training arguments", kind, rule)
+        check_rates(run.optimizer)
         self._scheduler = getattr(run.lr_scheduler, "scheduler", run.lr_scheduler)
         if not self._rates:
             # A run that continues another's weights is at step 0, but its scheduler is not.

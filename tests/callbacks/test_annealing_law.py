@@ -717,7 +717,9 @@ def test_only_losses_of_language_modelling_have_a_law(kind: Any, refused: bool, 
     # Without what its trainer would ask for: the class alone is looked at.
     arguments = kind.__new__(kind)
     vars(arguments).update(vars(TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)))
-    run = Run(arguments, TrainerState(), TrainerControl(), tiny_model(), None, None)
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = Run(arguments, TrainerState(), TrainerControl(), model, optimizer, None)
     if not refused:
         AnnealingLawCallback().begin(run)
         return

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
 import hf_ext
-from hf_ext.callbacks import InfiniteLRCallback, RefinedLinearDecayCallback
+from hf_ext.callbacks import AnnealingLawCallback, InfiniteLRCallback, RefinedLinearDecayCallback
 from hf_ext.callbacks._base import Callback
 from hf_ext.callbacks._schedule import Curve, check_scheduler, follow
 from tests.callbacks.runs import MIDDLE, SaveAt, build, logged, rows, tiny_model
@@ -133,10 +133,19 @@ def test_a_run_without_a_learning_rate_is_refused(rates: Any, given: str, tmp_pa
     grouped(tmp_path, (0.1, 0.0)).train()  # a group that is held back
 
 
-def test_a_learning_rate_of_zero_is_refused(tmp_path: Path) -> None:
-    trainer = build(tmp_path, InfiniteLRCallback(), learning_rate=0.0)
+@pytest.mark.parametrize(
+    "callback", [InfiniteLRCallback(), RefinedLinearDecayCallback(), AnnealingLawCallback()]
+)
+def test_a_learning_rate_of_zero_is_refused(callback: Callback, tmp_path: Path) -> None:
+    trainer = build(tmp_path, callback, learning_rate=0.0)
     with pytest.raises(ValueError, match=r"learning_rate must be above 0, got 0\.0"):
         trainer.train()
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_a_negative_learning_rate_is_refused_before_training(attach: bool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate must be above 0, got -0\.001"):
+        build(tmp_path, InfiniteLRCallback(), attach=attach, learning_rate=-1e-3)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0)])
