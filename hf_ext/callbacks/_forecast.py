@@ -317,7 +317,7 @@ def _points(
     trace: LossTrace, eta_ref: float, lam: float, fit_from: int | None, name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the areas and losses (n,) of a trace's points that a fit uses."""
-    rule = "1: the trace must be of a run that recorded from its first update on"
+    rule = "1: the trace must be of a run that recorded from its first update on, and continues no other's"
     check(trace.first_step == 1, "first_step", trace.first_step, rule, where=name)
     start = trace.warmup + max(1, math.ceil(SKIPPED * len(trace.rates))) if fit_from is None else fit_from
     used = (trace.steps >= start) & (trace.steps <= _with_rate(trace.rates))

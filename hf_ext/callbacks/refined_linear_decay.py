@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 MOST_BAD = 0.05  # share of norms that may be missing
+WINDOWS = 1024  # of the median filter that are in memory together
 STRETCH = 4.0  # ratio of lengths from which a resampled curve is worth a warning
 
 
@@ -146,7 +147,8 @@ def median_filter(norms: Tensor, tau: float) -> Tensor:
         return norms
     right = F.pad(norms[None], (0, half), mode="reflect")[0]
     padded = torch.cat([norms[:1].expand(half), right])  # (T + 2 half,)
-    return padded.unfold(0, 2 * half + 1, 1).median(dim=1).values
+    windows = padded.unfold(0, 2 * half + 1, 1)  # a view; its median copies it
+    return torch.cat([part.median(dim=1).values for part in windows.split(WINDOWS)])
 
 
 def refined_schedule(
@@ -422,9 +424,7 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         recorded = recorded_norms(place)
         recorded.check_enough(place)
         saved = Path(place) / SCHEDULE
-        recorded.check_whole(
-            place, f"to make do, hf-ext schedule refine --allow-partial and norms={str(saved)!r}"
-        )
+        recorded.check_whole(place, f"follow {saved} of hf-ext schedule refine --allow-partial")
         norm = norm_for(recorded.optimizer) if self.norm == "auto" else self.norm
         found = self._refined(recorded.of(norm), norm, recorded.optimizer)
         if saved.is_file():

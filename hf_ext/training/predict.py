@@ -217,6 +217,9 @@ def _infinite(steps: int, warmup: int, options: Mapping[str, Any]) -> InfiniteLR
     check(0 <= warmup < steps, "warmup_steps", warmup, f"in [0, {steps})")
     cooldown = given.get("cooldown_steps", max(warmup, round(0.15 * steps)))
     check(cooldown <= steps, "cooldown_steps", cooldown, f"at most {steps}, the steps of the run")
+    room = "anneal_start" in given or cooldown < last
+    rule = f"at least {cooldown + 2}: the warm-up and the cooldown take {cooldown}, and an anneal follows"
+    check(room, "steps", steps, rule)
     start = given.get("anneal_start", max(cooldown, min(round(0.8 * steps), last - 1)))
     rule = f"in [{cooldown}, {last}), in the constant phase of a run of {steps} steps"
     check(cooldown <= start < last, "anneal_start", start, rule)
