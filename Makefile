@@ -21,9 +21,15 @@ DEEPSPEED_READY := $(ASIDE)/.$(subst ==,-,$(firstword $(DEEPSPEED)))
 # One thread per test process: with several at once more would only wait for one another. The tests of a module
 # go to one process, so that what its fixtures train is trained once.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests that make models or batches by themselves, on the CPU, or compare with a run there.
+OWN_MODELS := auto_model or autocast or fresh_process or without_this_package or save_and_load or classification \
+	or tied_layers or shared_weight or start_disabling or base_that_peft or padding_tokens or trains_and_loads \
+	or saved_model or killed or settings_are_the_parent
+# What such a device has not: a compiler, scalers of gradients; and a test of a matrix product with the identity.
+NOT_THERE := torch_compile or overflow or delta_weight_is
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-dist effects bench compare docs sync new format lint types check clean
+.PHONY: help install demo test test-dist test-side effects bench compare docs sync new format lint types check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +64,11 @@ test: install ## the whole suite
 
 test-dist: install ## only the tests that start several processes
 	$(RUN_TESTS) -m distributed $(PYTEST_ARGS)
+
+test-side: install ## the contracts on a second device, which holds what a GPU would refuse to mix
+	HF_EXT_TEST_DEVICE=side $(RUN_TESTS) -n $(JOBS) tests/second_device/on_side.py tests/contracts/test_adapters.py \
+		tests/contracts/test_layer_kinds.py tests/contracts/test_callbacks.py tests/contracts/test_trainers.py \
+		-k "not ($(OWN_MODELS) or $(NOT_THERE))" $(PYTEST_ARGS)
 
 effects: install ## methods against their baselines, as the methods' pages show them (two hours on one core)
 	for study in $(STUDIES); do \

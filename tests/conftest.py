@@ -24,6 +24,10 @@ import torch
 from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Where small models lie, and what a Trainer takes for its own: "side" is that of `tests.second_device`.
+DEVICE = torch.device("cpu")
+if os.environ.get("HF_EXT_TEST_DEVICE") == "side":
+    from tests.second_device.plugin import DEVICE
 ModelFactory: TypeAlias = Callable[..., Any]
 
 
@@ -123,10 +127,10 @@ def load_embedded_model(*, dtype: torch.dtype = torch.float32) -> Any:
     import hf_ext
 
     folder = Path(hf_ext.__file__).parent / "assets" / "tiny-llama"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build().to(dtype).eval()
+        return build().to(dtype).eval().to(DEVICE)

@@ -72,9 +72,11 @@ def remember_run() -> None:
         self: TrainerState, trainer: Any, max_steps: int, num_train_epochs: int, trial: Any
     ) -> None:
         original(self, trainer, max_steps, num_train_epochs, trial)
-        setattr(self, _RUN_FOLDER, trainer._get_output_dir(trial))
-        own = trainer.lr_scheduler is not None and not trainer._created_lr_scheduler
-        setattr(self, _OWN_SCHEDULER, own)
+        # Called for every trainer of the process, ours or not.
+        folder = trainer._get_output_dir(trial) if hasattr(trainer, "_get_output_dir") else None
+        setattr(self, _RUN_FOLDER, folder)
+        made = getattr(trainer, "_created_lr_scheduler", True)
+        setattr(self, _OWN_SCHEDULER, getattr(trainer, "lr_scheduler", None) is not None and not made)
 
     setattr(init_training_references, _MARK, True)
     TrainerState.init_training_references = init_training_references

@@ -256,6 +256,7 @@ class OffsetLinear(AdapterLinear):
             right: R as it was then, (k, in_features), as it is kept.
         """
         now = self.offset(name)
+        left, right = left.to(now[0].device), right.to(now[1].device)
         if torch.equal(now[0], left) and torch.equal(now[1], right):
             return
         if self._original is None:
@@ -273,7 +274,9 @@ class OffsetLinear(AdapterLinear):
             where=self.module_name,
         )
         now = self.base_parameter()
-        new = weight.to(now.device).float() + sign * self.layout.weight(change)
+        # PEFT's `low_cpu_mem_usage` moves an adapter to the base's device only after it has loaded it.
+        change = self.layout.weight(change).to(now.device)
+        new = weight.to(now.device).float() + sign * change
         now.data = new.to(now.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:

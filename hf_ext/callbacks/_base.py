@@ -150,6 +150,9 @@ class Callback(TrainerCallback):
             ValueError: One does not fit.
         """
 
+    def batch_has_grown(self) -> None:
+        """Take note that the coming update is of more samples than the first ones; called at each such."""
+
     def check_files(self) -> None:
         """Look at the files that the settings name, before a model is read for the run.
 

@@ -409,6 +409,10 @@ class MacroBatchCallback(Callback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set how far the learning rate's time goes in this update, and when the run ends."""
+        if self.factor > min(self.factors(self.geometry.unit)[0], self.largest_factor):
+            for other in self.trainer.callback_handler.callbacks:
+                if isinstance(other, Callback):
+                    other.batch_has_grown()
         curve, pace = self._curve(), float(self._time_of(self._drawn))
         if curve is not None and curve.pace != pace:
             curve.set_pace(int(kwargs["lr_scheduler"].last_epoch), pace)

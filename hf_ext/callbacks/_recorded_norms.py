@@ -139,7 +139,7 @@ def recorded_norms(run_dir: str | Path) -> RecordedNorms:
         run_dir: The run's output folder.
 
     Raises:
-        ValueError: The folder has none, or they are damaged.
+        ValueError: The folder has none, they are damaged, or the run's batch has grown.
     """
     try:
         scalars, tensors = load_state(run_dir, FILE)
@@ -160,6 +160,9 @@ def recorded_norms(run_dir: str | Path) -> RecordedNorms:
     every = torch.equal(tensors["step"], torch.arange(1, len(tensors["step"]) + 1))
     rule = "of a run that recorded from its first update on"
     check(every, "norms", str(run_dir), rule, where=f"{FILE}: steps {tensors['step'][:3].tolist()}, ...")
+    grew = bool(scalars.get("batch_grew"))
+    rule = "of a run whose updates are of one size: a schedule has them at equal times"
+    check(not grew, "norms", str(run_dir), rule, where=f"{FILE}: its batch has grown")
     steps = {name: scalars.get(name) for name in ("done_steps", "total_steps")}
     return RecordedNorms(tensors["step"], tensors["l1"], tensors["l2"], str(scalars["optimizer"]), **steps)
 

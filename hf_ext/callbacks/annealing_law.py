@@ -163,6 +163,17 @@ class AnnealingLawCallback(Callback):
         self.law: AnnealingLaw | None = None
         self.forecast: Forecast | None = None
         self._why = "no loss has been logged" if self._of_training else "no evaluation has been made"
+        self._batch_grew = False
+
+    def batch_has_grown(self) -> None:
+        """Say once that the law does not hold for it."""
+        if not self._batch_grew:
+            warnings.warn(
+                "annealing_law: the batch has grown; the law counts updates of one size, and a fit that goes "
+                "beyond those made so far does not hold",
+                stacklevel=2,
+            )
+        self._batch_grew = True
 
     @property
     def _of_training(self) -> bool:

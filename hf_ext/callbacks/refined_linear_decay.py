@@ -329,6 +329,7 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         self._before = torch.empty((0, 2), dtype=torch.float64)
         self._clipped_from: Any = None
         self._drop_zero = self.drop_zero  # of the schedule that is followed
+        self._batch_grew = False
 
     def check_files(self) -> None:
         """Read what the settings name."""
@@ -433,6 +434,10 @@ class RefinedLinearDecayCallback(LearningRateCallback):
 
     # Recording ------------------------------------------------------------------------------------
 
+    def batch_has_grown(self) -> None:
+        """Remember that updates are not alike: their norms make no schedule."""
+        self._batch_grew = True
+
     def gradient_norm(self, norm: Any) -> None:
         """Take the l2 norm before clipping from an attached trainer."""
         self._clipped_from = norm
@@ -490,6 +495,7 @@ class RefinedLinearDecayCallback(LearningRateCallback):
             tensors = {"step": norms.step, "l1": norms.l1, "l2": norms.l2}
             done, total = run.state.global_step, run.state.max_steps
             scalars = {"optimizer": self._optimizer, "done_steps": done, "total_steps": total}
+            scalars["batch_grew"] = self._batch_grew
             dist.on_main(lambda: save_state(run.output_dir, FILE, scalars, tensors))
 
     def scalars(self) -> dict[str, float]:
@@ -507,6 +513,7 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         norms = self.recorded()
         listed = _listed(self.norms) if isinstance(self.norms, list) else _listed(())
         made = {**super().state_dict(), "drop_zero": self._drop_zero, "listed": listed}
+        made["batch_grew"] = self._batch_grew
         return {**made, "step": norms.step, "l1": norms.l1, "l2": norms.l2}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -518,6 +525,7 @@ class RefinedLinearDecayCallback(LearningRateCallback):
         """
         super().load_state_dict(state)
         self._drop_zero = state.get("drop_zero", self.drop_zero)
+        self._batch_grew = state.get("batch_grew", False)
         listed = _listed(self.norms) if isinstance(self.norms, list) else _listed(())
         saved = state.get("listed", listed)  # checkpoints of before it was kept have none
         same = torch.equal(saved.nan_to_num(-1.0), listed.nan_to_num(-1.0))

@@ -19,6 +19,7 @@ from transformers import ProgressCallback, Trainer, default_data_collator
 import hf_ext
 from hf_ext.callbacks import (
     AdaptiveBatchSizeCallback,
+    AnnealingLawCallback,
     InfiniteLRCallback,
     RefinedLinearDecayCallback,
     grown_batch,
@@ -32,6 +33,7 @@ from hf_ext.callbacks._macro_batches import (
     regroup,
     updates_left,
 )
+from hf_ext.callbacks._recorded_norms import recorded_norms
 from hf_ext.callbacks.adaptive_batch_size import halves
 from tests.callbacks.runs import SaveAt, StopAt, build, equal, logged, parameters, rows, tiny_model
 from tests.reference import adaptive_batch_size as reference
@@ -697,6 +699,26 @@ def test_a_batch_no_larger_than_an_epoch(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="at most an epoch of the data, 64 samples or less"):
         trainer.train()
     assert logged(trainer, "adaptive_batch_size/batch") == [2.0, 62.0, 64.0, 64.0, 64.0]
+
+
+def test_what_counts_updates_of_one_size_knows_that_the_batch_has_grown(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 32, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    adaptive = {"batch_max": 24, "eta": 0.8, "growth_cap": 2.0}
+    others = [RefinedLinearDecayCallback(record=True), AnnealingLawCallback()]
+    trainer: Any = build(tmp_path / "one", AdaptiveBatchSizeCallback(**adaptive), *others, **options)
+    with pytest.warns(UserWarning, match="annealing_law: the batch has grown") as caught:
+        trainer.train()
+    assert sum("the batch has grown" in str(warning.message) for warning in caught) == 1
+    with pytest.raises(ValueError, match=r"norms must be of a run whose updates are of one size.*has grown"):
+        RefinedLinearDecayCallback(mode="refined", norms=str(tmp_path / "one")).check_files()
+    # What is known of it is kept: here the batch grows no more.
+    last = max(tmp_path.glob("one/checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    resumed = RefinedLinearDecayCallback(record=True)
+    resumed.load_state_dict(resumed.read_state(last))
+    assert resumed._batch_grew
+    fixed: Any = build(tmp_path / "two", AdaptiveBatchSizeCallback(batch_max=2), *others, **options)
+    fixed.train()
+    assert len(recorded_norms(tmp_path / "two").step) == 32
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -567,6 +567,7 @@ def test_logs_and_files_are_json(tmp_path: Path) -> None:
     json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
     assert json.loads((tmp_path / "gradient_norms.json").read_text())["scalars"] == {
         "optimizer": "AdamW",
+        "batch_grew": False,
         "done_steps": 10,
         "total_steps": 10,
     }

@@ -22,6 +22,7 @@ from hf_ext.adapters._base import AdapterLinear
 from hf_ext.adapters._lora import LoraStartLayer
 from hf_ext.adapters._recomputed import RecomputedLinear
 from hf_ext.core.registry import MethodInfo
+from tests.conftest import DEVICE
 from tests.registry_cases import methods
 
 ADAPTERS = methods("adapter")
@@ -31,7 +32,7 @@ EXPORTS = methods("adapter", supports={"lora_export"})
 MULTI = methods("adapter", supports={"multi_adapter"})
 NAMES = methods("adapter", variants=False)
 CONV1D = methods("adapter", supports={"conv1d"})
-IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
+IDS = (torch.arange(2 * 12).reshape(2, 12) * 7 % 256).to(DEVICE)
 
 
 def settings(info: MethodInfo, **overrides: Any) -> Any:
