@@ -24,7 +24,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests that make models or batches by themselves, on the CPU, or compare with a run there.
 OWN_MODELS := auto_model or autocast or fresh_process or without_this_package or save_and_load or classification \
 	or tied_layers or shared_weight or start_disabling or base_that_peft or padding_tokens or trains_and_loads \
-	or saved_model or killed or settings_are_the_parent
+	or saved_model or killed or settings_are_the_parent or bf16_and_gradient_checkpointing
 # What such a device has not: a compiler, scalers of gradients; and a test of a matrix product with the identity.
 NOT_THERE := torch_compile or overflow or delta_weight_is
 

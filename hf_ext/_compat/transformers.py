@@ -75,8 +75,11 @@ def remember_run() -> None:
         # Called for every trainer of the process, ours or not.
         folder = trainer._get_output_dir(trial) if hasattr(trainer, "_get_output_dir") else None
         setattr(self, _RUN_FOLDER, folder)
-        made = getattr(trainer, "_created_lr_scheduler", True)
-        setattr(self, _OWN_SCHEDULER, getattr(trainer, "lr_scheduler", None) is not None and not made)
+        if not hasattr(trainer, _OWN_SCHEDULER):  # a first run's; later ones find what it has left
+            made = getattr(trainer, "_created_lr_scheduler", True)
+            given = getattr(trainer, "lr_scheduler", None) is not None
+            setattr(trainer, _OWN_SCHEDULER, given and not made)
+        setattr(self, _OWN_SCHEDULER, getattr(trainer, _OWN_SCHEDULER))
 
     setattr(init_training_references, _MARK, True)
     TrainerState.init_training_references = init_training_references

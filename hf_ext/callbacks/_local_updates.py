@@ -159,6 +159,12 @@ class LocalUpdatesCallback(Callback):
         if self.in_round and control.should_training_stop:
             self.end_round(1.0, True)
 
+    def finish(self, run: Run) -> None:
+        """End the last round of a run that ended otherwise, unless the best checkpoint is in its place."""
+        loaded = run.args.load_best_model_at_end and run.state.best_model_checkpoint is not None
+        if self.in_round and not loaded:
+            self.end_round(1.0, True)
+
     def end_round(self, share: float, last: bool) -> None:
         """Exchange the weights and begin the next round (a collective).
 

@@ -131,8 +131,11 @@ class Geometry:
 
     def samples(self, micro_batches: int) -> int:
         """Return the samples of an epoch's first micro-batches on all processes; the last can be short."""
-        whole = micro_batches * self.rows * self.world
-        return whole if self.length is None else min(whole, self.examples)
+        one = self.rows * self.world
+        whole = micro_batches * one
+        if self.length is None or not (self.length - 1) * one < self.examples <= self.length * one:
+            return whole  # a stream, or a sampler that draws another number than the data's
+        return min(whole, self.examples)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -313,10 +316,12 @@ class MacroBatchCallback(Callback):
         start, largest = self.factors(plan.unit)
         if self.largest_factor < largest:
             name = self.info.name
-            wanted = f"starts at {start * plan.unit} samples and" if start > self.largest_factor else "may"
+            wanted = f"may grow to {largest * plan.unit}"
+            if start > self.largest_factor:
+                wanted = f"is to start at {start * plan.unit}"
             warnings.warn(
                 f"{name}: an update is at most an epoch of the data, {self.largest_factor * plan.unit} "
-                f"samples or less, where the batch {wanted} grow to {largest * plan.unit}",
+                f"samples or less, where the batch {wanted}",
                 stacklevel=2,
             )
 

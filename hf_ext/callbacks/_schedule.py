@@ -123,7 +123,8 @@ class LearningRateCallback(Callback):
 
     def check_arguments(self, args: TrainingArguments) -> None:
         """Refuse a rate that optimizers refuse too, but do not name."""
-        check(args.learning_rate >= 0.0, "learning_rate", args.learning_rate, "above 0")
+        rate: Any = args.learning_rate
+        check(isinstance(rate, int | float) and rate >= 0.0, "learning_rate", rate, "a number above 0")
 
     def make_curve_anew(self, run: Run, curve: Curve) -> Curve:
         """Return the curve of a resumed run of another length than the one that the saved curve is for."""

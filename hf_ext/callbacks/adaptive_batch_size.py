@@ -227,12 +227,12 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
         if self.factor == self.largest_factor:
             return
         self._halved = self._halves(self.update_size)
-        whole = self._is_whole(batches, items)
+        full = self.update_size == self.factor * self.geometry.accumulation
+        whole = full and self._is_whole(batches, items)
         if (self.trainer.state.global_step + 1) % self.test_interval != 0:
             return
-        full = self.update_size == self.factor * self.geometry.accumulation and whole
         empty = items is not None and float(items) == 0.0  # no share of nothing
-        left_out = torch.tensor([float(not full or empty)], dtype=torch.float64)
+        left_out = torch.tensor([float(not whole or empty)], dtype=torch.float64)
         if float(dist.all_reduce_sum_(left_out)) > 0.0:  # on any process
             return
         divisor: Callable[[Any], Tensor] | None = None
@@ -315,7 +315,7 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
         return micro_batches * (1 if self._sharded else self.geometry.world) == 1
 
     def _is_whole(self, batches: Sequence[Any], items: Any) -> bool:
-        """Return whether an update is not to be halved, or can be.
+        """Return whether a full update is not to be halved, or can be.
 
         Raises:
             ValueError: Updates of these data cannot be; an epoch's last batch is not asked.
@@ -325,7 +325,10 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
             return True
         if not self._splits and self._used + self.update_size != plan.length:
             steps = self.trainer.args.gradient_accumulation_steps
-            rule = "2 where the loss is not divided by a count of items (its halves are not the whole)"
+            rule = (
+                "at least 2, or batch_start two micro-batches, where the loss is not divided by a count of "
+            )
+            rule += "items: its halves are not the whole"
             check(self._by_items(items), "gradient_accumulation_steps", steps, rule)
             halves(batches[0], plan.rows)
             self._splits = True

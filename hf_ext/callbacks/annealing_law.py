@@ -46,7 +46,6 @@ from ._loss_trace import (
     recorded_trace,
     schedule_rates,
 )
-from ._schedule import check_rates
 
 __all__ = [
     "AnnealingLaw",
@@ -190,7 +189,8 @@ class AnnealingLawCallback(Callback):
         rule = f"{', '.join(LAW_FOR[:-1])} or {LAW_FOR[-1]}, or a class of your own of one of them: no power"
         rule += " law is known for losses other than that of language modelling"
         check(kind in LAW_FOR, "training arguments", kind, rule)
-        check_rates(run.optimizer)
+        rate = run.args.learning_rate  # optimizers with a rate of their own, or none yet, are all right
+        check(rate is None or rate > 0.0, "learning_rate", rate, "above 0")
         self._scheduler = getattr(run.lr_scheduler, "scheduler", run.lr_scheduler)
         if not self._rates:
             # A run that continues another's weights is at step 0, but its scheduler is not.
@@ -339,7 +339,10 @@ class AnnealingLawCallback(Callback):
         self._evals = dict(zip(state["steps"].tolist(), state["losses"].tolist(), strict=True))
         self._first_step = state["first_step"]
         if self._of_training:
-            self._mean.restore(state["mean"])
+            mean = state["mean"]
+            if isinstance(mean, Mapping):  # checkpoints of an earlier version
+                mean = torch.tensor([mean[name] for name in ("weight", "loss", "place")], dtype=torch.float64)
+            self._mean.restore(mean)
             # The Trainer begins the mean of its next log anew, too.
             self._logged, self._kept, self._repeats = len(self._rates), state["kept"], state["repeats"]
         for rate in self._rates:

@@ -73,9 +73,9 @@ class InfiniteLRCallback(LearningRateCallback):
     """Follow the infinite schedule; anneal when asked to, and keep the checkpoint to continue from.
 
     Before an anneal the checkpoint is saved, whatever `save_strategy` says, and a copy of it is kept, with
-    optimizer and scheduler, as `output_dir/infinite_branch`; it is as large as a checkpoint, and only the
-    anneal of a later run in that folder puts another in its place. The anneal ends the run with a last
-    checkpoint. New data continue from the branch:
+    optimizer and scheduler, as `output_dir/infinite_branch`; it is as large as a checkpoint, and only a
+    later run in that folder that begins its anneal puts another in its place, one that is resumed at that
+    step among them. The anneal ends the run with a last checkpoint. New data continue from the branch:
     `hf_ext.attach(trainer, InfiniteLRCallback(continue_from="out/infinite_branch"))` starts with its
     weights, its optimizer state and the constant rate, from the first batch of the new data.
 
@@ -230,7 +230,8 @@ class InfiniteLRCallback(LearningRateCallback):
             self._fit_anneal(before)
         self._plan = plan
         checkpoint = resumed_from(run.state)
-        if checkpoint is not None:  # its own run may have ended before the branch was kept
+        # Its run may have ended before it was kept; one of a run without this schedule is no branch.
+        if checkpoint is not None and (checkpoint / f"{self.file_name()}.json").is_file():
             self._keep(checkpoint, run.output_dir)
 
     def _reopen(self, run: Run) -> None:

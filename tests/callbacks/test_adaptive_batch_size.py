@@ -421,9 +421,36 @@ def test_halves_of_a_loss_that_counts_no_items_are_not_the_whole(tmp_path: Path)
     callback = AdaptiveBatchSizeCallback(batch_max=64, test_interval=5)
     trainer: Any = build(tmp_path, callback, save_strategy="no", per_device_train_batch_size=4)
     trainer.model_accepts_loss_kwargs = False
-    with pytest.raises(ValueError, match="gradient_accumulation_steps must be 2 where the loss"):
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps must be at least 2, or batch_start two"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tail_of_one_micro_batch_is_no_update_to_halve(stream: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "no", "per_device_train_batch_size": 2, "max_steps": 7}
+    if stream:
+        options |= {"data": IterableDataset.from_generator(lambda: iter(rows().select(range(14))))}
+    callback = AdaptiveBatchSizeCallback(batch_start=4, batch_max=8, eta=1e6)
+    trainer: Any = build(tmp_path, callback, **options)
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    assert logged(trainer, "adaptive_batch_size/batch") == [4.0, 4.0, 4.0, 2.0]
+
+
+def test_samples_of_a_sampler_that_draws_more_than_the_data(tmp_path: Path) -> None:
+    class Drawn(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.utils.data.WeightedRandomSampler([1.0] * 8, 20)
+
+    trainer: Any = build(tmp_path, save_strategy="no")
+    trainer.__class__ = Drawn
+    trainer.train_dataset = rows().select(range(8))
+    hf_ext.attach(trainer, AdaptiveBatchSizeCallback(batch_max=4, eta=1e6))
+    trainer.train()
+    assert logged(trainer, "adaptive_batch_size/samples") == [2.0 * step for step in range(1, 11)]
 
 
 def test_a_short_micro_batch_is_not_cut_in_halves(tmp_path: Path) -> None:

@@ -433,6 +433,23 @@ def test_a_smoothed_loss_by_hand() -> None:
     assert again.add(5, 5, 1.0) == mean.add(5, 5, 1.0)
 
 
+def test_a_mean_of_an_earlier_version_s_checkpoint() -> None:
+    callback = AnnealingLawCallback(target="smoothed_train_loss", smooth=0.5)
+    state = {**callback.state_dict(), "mean": {"weight": 0.5, "loss": 2.0, "place": 1.5}}
+    callback.load_state_dict(state)
+    assert callback._mean.sums().tolist() == [0.5, 2.0, 1.5]
+
+
+def test_an_optimizer_that_has_no_rate_yet_is_observed(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    rates = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda _: 1.0)
+    trainer = build(tmp_path, AnnealingLawCallback(), model=model, save_strategy="no", max_steps=2)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, rates
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.9, 0.99])
 def test_smoothing_does_not_delay_a_line(keep: float) -> None:
     draw, mean, done = random.Random(0), SmoothedLoss(keep), 0

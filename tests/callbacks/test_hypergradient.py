@@ -294,6 +294,19 @@ def test_a_run_that_an_evaluation_stops_keeps_the_best_checkpoint(tmp_path: Path
     assert equal(parameters(trainer), stored)
 
 
+def test_a_run_that_the_evaluation_of_an_epoch_stops_ends_its_round(tmp_path: Path) -> None:
+    # That evaluation comes after the epoch's end, and the run's own end is the next event.
+    callback = HypergradientCallback(local_steps=5)
+    data = rows().select(range(8))  # four updates
+    options: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "no", "data": data}
+    ends = []
+    for others in ([], [Patience(8)]):
+        trainer = build(tmp_path, callback, others=others, lr_scheduler_type="constant", **options)
+        trainer.train()
+        ends.append((trainer.state.global_step, callback.in_round, callback.rounds))
+    assert ends == [(10, 0, 2), (8, 0, 2)]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_last_round_leaves_the_average_that_was_evaluated(first: bool, tmp_path: Path) -> None:
     pair = [ContinualEMACallback(coefficient=0.3), HypergradientCallback(local_steps=4)]

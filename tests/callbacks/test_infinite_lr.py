@@ -19,6 +19,7 @@ from hf_ext.callbacks._branch import check_trained, trained_tensors
 from hf_ext.callbacks._infinite_curve import ANNEALS, COOLDOWNS
 from tests.callbacks.runs import (
     BEST,
+    MIDDLE,
     Bumpy,
     SaveAt,
     StopAt,
@@ -152,6 +153,17 @@ def test_an_annealed_curve_can_be_opened_again() -> None:
     assert (at_once(31), at_once.phase(31)) == (0.1, "constant")
     with pytest.raises(ValueError, match=r"reopen must be in or after an anneal, got 31 \(now in constant"):
         at_once.reopen(31, 0)
+
+
+def test_an_anneal_that_begins_where_a_run_without_the_callback_was_saved(tmp_path: Path) -> None:
+    build(tmp_path, lr_scheduler_type="constant").train()
+    late = InfiniteLRCallback(start_phase="constant", const_lr_ratio=1.0, anneal_start=MIDDLE)
+    trainer = build(tmp_path, late)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{MIDDLE}"))
+    assert not (tmp_path / "infinite_branch").exists()  # of a checkpoint without the schedule
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates[MIDDLE] == rates[0]
+    assert rates[-1] < 0.5 * rates[0]
 
 
 def test_resumes_in_a_bare_loop(tmp_path: Path) -> None:

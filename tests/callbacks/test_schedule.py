@@ -118,6 +118,18 @@ def test_the_user_s_own_scheduler_is_refused(made_by: str, attach: bool, tmp_pat
             trainer.train()
 
 
+def test_a_scheduler_that_a_trainer_s_own_method_makes_is_not(tmp_path: Path) -> None:
+    class Makes(Trainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            self.lr_scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, num_training_steps)
+            return self.lr_scheduler
+
+    trainer = build(tmp_path, InfiniteLRCallback(), max_steps=2, save_strategy="no")
+    trainer.__class__ = Makes
+    for _ in range(2):
+        trainer.train()
+
+
 def test_the_user_s_own_optimizer_is_not(tmp_path: Path) -> None:
     trainer: Any = grouped(tmp_path, (0.3, 0.6))
     for _ in range(2):
@@ -128,7 +140,7 @@ def test_the_user_s_own_optimizer_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rates", "given"), [((0.0, 0.0), r"0\.0"), ((0.1, torch.nan), r"\[0\.1, nan\]")])
 def test_a_run_without_a_learning_rate_is_refused(rates: Any, given: str, tmp_path: Path) -> None:
     trainer = grouped(tmp_path, rates)
-    with pytest.raises(ValueError, match=f"learning_rate must be above 0, got {given}"):
+    with pytest.raises(ValueError, match=f"learning_rate must be (a number )?above 0, got {given}"):
         trainer.train()
     grouped(tmp_path, (0.1, 0.0)).train()  # a group that is held back
 
@@ -144,7 +156,7 @@ def test_a_learning_rate_of_zero_is_refused(callback: Callback, tmp_path: Path) 
 
 @pytest.mark.parametrize("attach", [True, False])
 def test_a_negative_learning_rate_is_refused_before_training(attach: bool, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"learning_rate must be above 0, got -0\.001"):
+    with pytest.raises(ValueError, match=r"learning_rate must be a number above 0, got -0\.001"):
         build(tmp_path, InfiniteLRCallback(), attach=attach, learning_rate=-1e-3)
 
 
