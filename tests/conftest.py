@@ -127,10 +127,15 @@ def load_embedded_model(*, dtype: torch.dtype = torch.float32) -> Any:
     import hf_ext
 
     folder = Path(hf_ext.__file__).parent / "assets" / "tiny-llama"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
+    return placed(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+
+
+def placed(model: Any) -> Any:
+    """Return a model on the device of the tests; on the CPU as it is, without values for one."""
+    return model if DEVICE.type == "cpu" else model.to(DEVICE)
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build().to(dtype).eval().to(DEVICE)
+        return placed(build().to(dtype).eval())

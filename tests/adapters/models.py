@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import DEVICE
+from tests.conftest import placed
 
 IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 256
 
@@ -63,7 +63,7 @@ class Mixed(nn.Module):
             self.plane = nn.Conv2d(1, 8, (3, 4), stride=(2, 1), padding="valid")
             self.space = nn.Conv3d(1, 16, (2, 3, 2), padding=(0, 1, 1), bias=False)
             self.head = nn.Linear(16, 10)
-        self.to(dtype).to(DEVICE)
+        placed(self.to(dtype))
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
         x = self.line(self.embed(input_ids).mT)  # (B, 12, T)
