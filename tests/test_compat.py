@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from torch import nn
 
+from hf_ext._compat import generation
 from hf_ext._compat import peft as compat
 from hf_ext._compat import torch as torch_compat
 from hf_ext._compat import trl as trl_compat
@@ -201,3 +202,11 @@ def test_the_product_for_few_rows_is_the_plain_one(onednn: bool, strides: str) -
     assert torch.equal(
         torch_compat.rows_times_transposed(rows.double(), stored.double()), rows.double() @ stored.double().T
     )
+
+
+@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer", "DistillationTrainer"])
+def test_weights_are_handed_over_by_the_step_that_the_trainer_remembers(name: str) -> None:
+    module = importlib.import_module(getattr(trl, name).__module__)
+    source = inspect.getsource(module)
+    assert f"self.{generation.LAST_LOADED} = -1" in source
+    assert f"if self.state.global_step != self.{generation.LAST_LOADED}:" in source

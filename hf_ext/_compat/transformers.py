@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers.trainer_callback import CallbackHandler, TrainerState
 
@@ -32,6 +33,7 @@ __all__ = [
     "set_mark",
 ]
 
+Method: TypeAlias = Callable[..., Any]
 _MARK = "_hf_ext_wrapped"
 # Attributes of a `TrainerState`, and no fields of it: they are not saved.
 _FOLDER = "_hf_ext_checkpoint"
@@ -40,20 +42,28 @@ _OWN_SCHEDULER = "_hf_ext_own_scheduler"
 _MARKS = "_hf_ext_marks"
 
 
+def _wrap(owner: type, name: str, made_of: Callable[[Method], Method]) -> None:
+    """Put what is made of a method, or of a class method, in its place, once in a process."""
+    found = inspect.getattr_static(owner, name)
+    original = found.__func__ if isinstance(found, classmethod) else found
+    if not hasattr(original, _MARK):
+        wrapper = functools.wraps(original)(made_of(original))
+        setattr(wrapper, _MARK, True)
+        setattr(owner, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+
+
 def remember_checkpoint() -> None:
     """Let a `TrainerState` that was read from a file know the file's folder: callbacks are not told it."""
-    original = TrainerState.load_from_json.__func__
-    if hasattr(original, _MARK):
-        return
 
-    @functools.wraps(original)
-    def load_from_json(cls: type[TrainerState], json_path: str) -> TrainerState:
-        state = original(cls, json_path)
-        setattr(state, _FOLDER, Path(json_path).resolve().parent)
-        return state
+    def made_of(original: Method) -> Method:
+        def load_from_json(cls: type[TrainerState], json_path: str) -> TrainerState:
+            state = original(cls, json_path)
+            setattr(state, _FOLDER, Path(json_path).resolve().parent)
+            return state
 
-    setattr(load_from_json, _MARK, True)
-    TrainerState.load_from_json = classmethod(load_from_json)  # pyright: ignore[reportAttributeAccessIssue]
+        return load_from_json
+
+    _wrap(TrainerState, "load_from_json", made_of)
 
 
 def checkpoint_of(state: TrainerState) -> Path | None:
@@ -63,26 +73,24 @@ def checkpoint_of(state: TrainerState) -> Path | None:
 
 def remember_run() -> None:
     """Let a `TrainerState` know of its trainer what callbacks on events are not told."""
-    original = TrainerState.init_training_references
-    if hasattr(original, _MARK):
-        return
 
-    @functools.wraps(original)
-    def init_training_references(
-        self: TrainerState, trainer: Any, max_steps: int, num_train_epochs: int, trial: Any
-    ) -> None:
-        original(self, trainer, max_steps, num_train_epochs, trial)
-        # Called for every trainer of the process, ours or not.
-        folder = trainer._get_output_dir(trial) if hasattr(trainer, "_get_output_dir") else None
-        setattr(self, _RUN_FOLDER, folder)
-        if not hasattr(trainer, _OWN_SCHEDULER):  # a first run's; later ones find what it has left
-            made = getattr(trainer, "_created_lr_scheduler", True)
-            given = getattr(trainer, "lr_scheduler", None) is not None
-            setattr(trainer, _OWN_SCHEDULER, given and not made)
-        setattr(self, _OWN_SCHEDULER, getattr(trainer, _OWN_SCHEDULER))
+    def made_of(original: Method) -> Method:
+        def init_training_references(
+            self: TrainerState, trainer: Any, max_steps: int, num_train_epochs: int, trial: Any
+        ) -> None:
+            original(self, trainer, max_steps, num_train_epochs, trial)
+            # Called for every trainer of the process, ours or not.
+            folder = trainer._get_output_dir(trial) if hasattr(trainer, "_get_output_dir") else None
+            setattr(self, _RUN_FOLDER, folder)
+            if not hasattr(trainer, _OWN_SCHEDULER):  # a first run's; later ones find what it has left
+                made = getattr(trainer, "_created_lr_scheduler", True)
+                given = getattr(trainer, "lr_scheduler", None) is not None
+                setattr(trainer, _OWN_SCHEDULER, given and not made)
+            setattr(self, _OWN_SCHEDULER, getattr(trainer, _OWN_SCHEDULER))
 
-    setattr(init_training_references, _MARK, True)
-    TrainerState.init_training_references = init_training_references
+        return init_training_references
+
+    _wrap(TrainerState, "init_training_references", made_of)
 
 
 def run_folder(state: TrainerState) -> Path | None:
@@ -98,19 +106,17 @@ def has_own_scheduler(state: TrainerState) -> bool:
 
 def date_marks() -> None:
     """Let each mark that was set in a run be saved with the step that it is saved at."""
-    original = TrainerState.save_to_json
-    if hasattr(original, _MARK):
-        return
 
-    @functools.wraps(original)
-    def save_to_json(self: TrainerState, json_path: str) -> None:
-        marks: Any = self.stateful_callbacks
-        for name in getattr(self, _MARKS, ()):
-            marks[name] = {"args": {}, "attributes": {"step": self.global_step}}
-        original(self, json_path)
+    def made_of(original: Method) -> Method:
+        def save_to_json(self: TrainerState, json_path: str) -> None:
+            marks: Any = self.stateful_callbacks
+            for name in getattr(self, _MARKS, ()):
+                marks[name] = {"args": {}, "attributes": {"step": self.global_step}}
+            original(self, json_path)
 
-    setattr(save_to_json, _MARK, True)
-    TrainerState.save_to_json = save_to_json
+        return save_to_json
+
+    _wrap(TrainerState, "save_to_json", made_of)
 
 
 def set_mark(state: TrainerState, name: str) -> None:
@@ -134,23 +140,21 @@ def is_marked(state: TrainerState, name: str) -> bool:
 
 def announce_callbacks() -> None:
     """Call `added_to(handler)` of a callback that has just been added to a Trainer's handler."""
-    original = CallbackHandler.add_callback
-    if hasattr(original, _MARK):
-        return
 
-    @functools.wraps(original)
-    def add_callback(self: CallbackHandler, callback: Any) -> None:
-        original(self, callback)
-        newest = self.callbacks[-1]
-        if hasattr(newest, "added_to"):
-            try:
-                newest.added_to(self)
-            except BaseException:
-                self.callbacks.remove(newest)
-                raise
+    def made_of(original: Method) -> Method:
+        def add_callback(self: CallbackHandler, callback: Any) -> None:
+            original(self, callback)
+            newest = self.callbacks[-1]
+            if hasattr(newest, "added_to"):
+                try:
+                    newest.added_to(self)
+                except BaseException:
+                    self.callbacks.remove(newest)
+                    raise
 
-    setattr(add_callback, _MARK, True)
-    CallbackHandler.add_callback = add_callback
+        return add_callback
+
+    _wrap(CallbackHandler, "add_callback", made_of)
 
 
 class TrainerSeams:

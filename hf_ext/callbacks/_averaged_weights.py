@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from .._compat.generation import hand_over_anew
 from ..core import dist
 from ..core.checks import check, check_choice
 from ..core.state import load_scalars
@@ -245,12 +246,6 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
         part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return joined.full_tensor()
-
-
-def hand_over_anew(trainer: Any) -> None:
-    """Have a trainer that generates elsewhere (vLLM) take the weights there again, within the same step."""
-    if hasattr(trainer, "_last_loaded_step"):  # TRL's mark of the step whose weights are there
-        trainer._last_loaded_step = -1
 
 
 def write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

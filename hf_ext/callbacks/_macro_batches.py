@@ -220,6 +220,11 @@ class MacroBatchCallback(Callback):
         return self.factor * self.geometry.unit
 
     @property
+    def first_factor(self) -> int:
+        """First k: never more than the largest."""
+        return min(self.factors(self.geometry.unit)[0], self.largest_factor)
+
+    @property
     def largest_factor(self) -> int:
         """Largest k: never more than an epoch."""
         plan = self.geometry
@@ -291,9 +296,8 @@ class MacroBatchCallback(Callback):
     def begin(self, run: Run) -> None:
         """Check that the trainer can do it, and take over the learning rate's clock."""
         refuse_trainer(self.trainer, run.optimizer_name)
-        plan = self.geometry
         if not self._resumed:
-            self.factor = min(self.factors(plan.unit)[0], self.largest_factor)
+            self.factor = self.first_factor
             self._take_place(run.state.global_step)
         if run.args.ignore_data_skip and run.state.global_step > 0:
             self._used = 0
@@ -414,7 +418,7 @@ class MacroBatchCallback(Callback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set how far the learning rate's time goes in this update, and when the run ends."""
-        if self.factor > min(self.factors(self.geometry.unit)[0], self.largest_factor):
+        if self.factor > self.first_factor:
             for other in self.trainer.callback_handler.callbacks:
                 if isinstance(other, Callback):
                     other.batch_has_grown()

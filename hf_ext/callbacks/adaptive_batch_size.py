@@ -191,7 +191,7 @@ class AdaptiveBatchSizeCallback(MacroBatchCallback):
 
     def rate_scale(self) -> float:
         """Return (B / B_start)^p."""
-        return (self.factor / self.factors(self.geometry.unit)[0]) ** self.scale_lr
+        return (self.factor / self.first_factor) ** self.scale_lr
 
     # The test -------------------------------------------------------------------------------------
 

@@ -302,7 +302,8 @@ class WeightAverageCallback(AveragedWeightsCallback):
     def finish(self, run: Run) -> None:
         """Put the average in the place of the weights, and say so where there is none."""
         super().finish(run)
-        if self.replace_weights and not self.averaged():
+        none = not self._taken and (self.bias_correction or not self._average)
+        if self.replace_weights and none:
             warnings.warn(
                 f"weight_average: the run ended at step {run.state.global_step} before the first sample: the "
                 "model has its raw weights",

@@ -27,9 +27,11 @@ from hf_ext.callbacks import (
 )
 from hf_ext.callbacks._gradient_noise import Noise, NoiseMeter, adam_divisor, statistics
 from hf_ext.callbacks._macro_batches import (
+    ONLINE,
     MacroBatch,
     MacroBatchCallback,
     groups_of_update,
+    refuse_trainer,
     regroup,
     updates_left,
 )
@@ -483,6 +485,19 @@ def test_an_update_without_labels_is_not_tested(accumulation: int, tmp_path: Pat
         torch.testing.assert_close(parameters(tested)[name], value, rtol=0.0, atol=2e-4, msg=name)
 
 
+def test_an_update_is_tested_by_all_processes_or_by_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if another process always had a reason to leave the test out.
+    monkeypatch.setattr(
+        "hf_ext.callbacks.adaptive_batch_size.dist.all_reduce_sum_", lambda tensor: tensor + 1
+    )
+    callback = AdaptiveBatchSizeCallback(batch_max=16, eta=1e-3)
+    trainer: Any = build(tmp_path, callback, save_strategy="no", gradient_accumulation_steps=2, max_steps=4)
+    trainer.train()
+    assert logged(trainer, "adaptive_batch_size/required") == [0.0] * 4
+
+
 def test_a_parameter_without_moments_is_not_measured() -> None:
     used, unused = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = torch.optim.AdamW([used, unused])
@@ -728,6 +743,23 @@ def test_a_batch_no_larger_than_an_epoch(tmp_path: Path) -> None:
     assert logged(trainer, "adaptive_batch_size/batch") == [2.0, 62.0, 64.0, 64.0, 64.0]
 
 
+def test_a_first_batch_larger_than_the_data_scales_no_rate(tmp_path: Path) -> None:
+    callback = AdaptiveBatchSizeCallback(batch_start=16, batch_max=32, scale_lr=1.0)
+    options: dict[str, Any] = {"save_strategy": "no", "data": rows().select(range(8)), "max_steps": 8}
+    trainer: Any = build(tmp_path, callback, lr_scheduler_type="constant", **options)
+    with pytest.warns(UserWarning, match="the batch is to start at 16"):
+        trainer.train()
+    assert logged(trainer, "adaptive_batch_size/batch") == [8.0, 8.0]
+    assert logged(trainer, "learning_rate") == [0.01, 0.01]
+
+
+def test_a_demand_that_is_out_of_all_bounds_can_be_saved(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_steps": 4, "save_steps": 1}
+    trainer: Any = build(tmp_path, AdaptiveBatchSizeCallback(batch_max=8, eta=1e-200), **options)
+    trainer.train()
+    assert logged(trainer, "adaptive_batch_size/required")[0] == 1e18
+
+
 def test_what_counts_updates_of_one_size_knows_that_the_batch_has_grown(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 32, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     adaptive = {"batch_max": 24, "eta": 0.8, "growth_cap": 2.0}
@@ -796,12 +828,18 @@ def test_what_does_not_fit_is_refused_by_name(
     ],
 )
 def test_trainers_and_engines_are_refused_by_name(change: Any, text: str, tmp_path: Path) -> None:
-    from hf_ext.callbacks._macro_batches import refuse_trainer
-
     trainer: Any = build(tmp_path)
     refuse_trainer(trainer, "AdamW")
     change(trainer)
     with pytest.raises(ValueError, match=text):
+        refuse_trainer(trainer, "AdamW")
+
+
+@pytest.mark.parametrize("name", sorted(ONLINE))
+def test_trainers_that_make_their_batches_are_refused(name: str, tmp_path: Path) -> None:
+    trainer: Any = build(tmp_path)
+    trainer.__class__ = type(name, (Trainer,), {})
+    with pytest.raises(ValueError, match=f"{name} generates its batches by a plan"):
         refuse_trainer(trainer, "AdamW")
 
 

@@ -607,6 +607,9 @@ def test_weights_that_were_handed_over_are_handed_over_anew_around_an_evaluation
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.generate(trainer)
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.generate(trainer)  # of the step that is evaluated next
+
         def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.generate(trainer)
 
@@ -621,8 +624,8 @@ def test_weights_that_were_handed_over_are_handed_over_anew_around_an_evaluation
     trainer: Any = build(tmp_path, ContinualEMACallback(), others=[generates], **options)
     trainer._last_loaded_step = -1
     trainer.train()
-    evaluation = [True, False]
-    expected = [*evaluation, True, *evaluation, True, *evaluation]
+    begin, end, evaluation = True, True, [True, False]
+    expected = [*evaluation, *[begin, end, *evaluation] * 2]
     assert [anew for _, anew in generates.seen] == expected
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,9 @@ def test_agreement_and_scale() -> None:
     assert agreement(x, x) == pytest.approx(1.0)
     nothing = {name: torch.zeros_like(value) for name, value in x.items()}
     assert agreement(x, nothing) == agreement(nothing, nothing, "raw") == 0.0
+    for broken in (torch.nan, torch.inf):
+        unbounded = {"a": x["a"] * broken, "b": x["b"]}
+        assert agreement(x, unbounded) == agreement(unbounded, y, "raw") == 0.0
 
 
 class Quadratic(nn.Module):
@@ -241,6 +245,16 @@ def test_one_batch_that_is_no_number_costs_one_round(
     assert all(map(math.isfinite, logged(trainer, "hypergradient/agreement")))
 
 
+def test_a_failed_round_forgets_what_was_learned_in_it() -> None:
+    callback = HypergradientCallback(local="CL")
+    callback._optimizer = SimpleNamespace(state={"w": 1})
+    callback.beta, callback._last_step = 1.5, vector(torch.nan)
+    callback._fail(vector(0.0))
+    assert callback.beta == 1.0
+    assert callback._last_step is None
+    assert callback._optimizer.state == {}
+
+
 def test_statistics_are_a_mean_of_those_that_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [torch.tensor(1.0), torch.tensor([4.0, 6.0])]  # of another process: how many, and the sum
 
@@ -285,11 +299,28 @@ class Patience(TrainerCallback):
 def test_a_run_that_an_evaluation_stops_keeps_the_best_checkpoint(tmp_path: Path) -> None:
     others = [Patience(7)]
     options: dict[str, Any] = {"load_best_model_at_end": True, **BEST}
-    trainer = build(tmp_path, HypergradientCallback(local_steps=4), others=others, **options)
+    callback = HypergradientCallback(local_steps=2)
+    trainer = build(tmp_path, callback, others=others, **options)
     Bumpy(trainer)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint or "")
     assert best.name == f"checkpoint-{MIDDLE}"
+    assert callback.alpha != 1.0  # by which a round's end moves weights
+    stored = dict(type(tiny_model()).from_pretrained(best).named_parameters())
+    assert equal(parameters(trainer), stored)
+
+
+def test_the_best_checkpoint_of_a_run_that_the_evaluation_of_an_epoch_stops(tmp_path: Path) -> None:
+    callback = HypergradientCallback(local_steps=3)
+    data = rows().select(range(8))  # four updates
+    options: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch", "data": data}
+    options |= {"load_best_model_at_end": True}
+    trainer = build(tmp_path, callback, others=[Patience(8)], **options)
+    Bumpy(trainer)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint or "")
+    assert best.name == "checkpoint-4"
+    assert callback.alpha != 1.0
     stored = dict(type(tiny_model()).from_pretrained(best).named_parameters())
     assert equal(parameters(trainer), stored)
 
@@ -309,7 +340,7 @@ def test_a_run_that_the_evaluation_of_an_epoch_stops_ends_its_round(tmp_path: Pa
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_last_round_leaves_the_average_that_was_evaluated(first: bool, tmp_path: Path) -> None:
-    pair = [ContinualEMACallback(coefficient=0.3), HypergradientCallback(local_steps=4)]
+    pair = [ContinualEMACallback(coefficient=0.3), HypergradientCallback(local_steps=2)]
     options: dict[str, Any] = {**BEST, "save_strategy": "no"}
     trainer = build(tmp_path, *(pair if first else pair[::-1]), others=[Patience(7)], **options)
     bumpy = Bumpy(trainer)

@@ -214,9 +214,9 @@ class _Module(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend(NAME, _Module())
 DEVICE = torch.device(NAME, 0)
-_FACTORIES = torch.library.Library("_", "IMPL")
-_FACTORIES.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast changes nothing
-_FACTORIES.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
+_KERNELS = torch.library.Library("_", "IMPL")
+_KERNELS.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast changes nothing
+_KERNELS.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
 _device_constructors()  # which remembers, for `with torch.device(...)`, what these names are before this
 for _name in ("tensor", "as_tensor"):
     setattr(torch, _name, _by_way_of_the_cpu(getattr(torch, _name)))
