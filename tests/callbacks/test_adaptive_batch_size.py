@@ -27,7 +27,6 @@ from hf_ext.callbacks import (
 )
 from hf_ext.callbacks._gradient_noise import Noise, NoiseMeter, adam_divisor, statistics
 from hf_ext.callbacks._macro_batches import (
-    ONLINE,
     MacroBatch,
     MacroBatchCallback,
     groups_of_update,
@@ -751,6 +750,7 @@ def test_a_first_batch_larger_than_the_data_scales_no_rate(tmp_path: Path) -> No
         trainer.train()
     assert logged(trainer, "adaptive_batch_size/batch") == [8.0, 8.0]
     assert logged(trainer, "learning_rate") == [0.01, 0.01]
+    assert callback.factor == callback.largest_factor == 4
 
 
 def test_a_demand_that_is_out_of_all_bounds_can_be_saved(tmp_path: Path) -> None:
@@ -835,7 +835,9 @@ def test_trainers_and_engines_are_refused_by_name(change: Any, text: str, tmp_pa
         refuse_trainer(trainer, "AdamW")
 
 
-@pytest.mark.parametrize("name", sorted(ONLINE))
+@pytest.mark.parametrize(
+    "name", ["AsyncDistillationTrainer", "AsyncGRPOTrainer", "GKDTrainer", "GOLDTrainer", "OnlineDPOTrainer"]
+)
 def test_trainers_that_make_their_batches_are_refused(name: str, tmp_path: Path) -> None:
     trainer: Any = build(tmp_path)
     trainer.__class__ = type(name, (Trainer,), {})

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 import hf_ext
-from hf_ext._compat.transformers import TrainerSeams
+from hf_ext._compat.transformers import (
+    TrainerSeams,
+    announce_callbacks,
+    date_marks,
+    remember_checkpoint,
+    remember_run,
+)
 from hf_ext.callbacks import InfiniteLRCallback, RefinedLinearDecayCallback
 from hf_ext.callbacks._attach import attached_class
 from tests.callbacks.runs import build
@@ -67,6 +73,18 @@ def test_the_seams_exist_upstream_with_these_parameters() -> None:
     told = list(inspect.signature(TrainerState.init_training_references).parameters)
     assert told == ["self", "trainer", "max_steps", "num_train_epochs", "trial"]
     assert list(inspect.signature(TrainerState.save_to_json).parameters) == ["self", "json_path"]
+
+
+def test_methods_of_upstream_are_wrapped_once() -> None:
+    def methods() -> list[Any]:
+        own = [TrainerState.init_training_references, TrainerState.save_to_json, CallbackHandler.add_callback]
+        return [*own, TrainerState.load_from_json.__func__]
+
+    before = methods()
+    for wrap in (remember_checkpoint, remember_run, date_marks, announce_callbacks):
+        wrap()
+    assert methods() == before
+    assert [method.__name__ for method in before] == [method.__wrapped__.__name__ for method in before]
 
 
 @pytest.mark.parametrize("other", [object(), TrainerCallback(), InfiniteLRCallback])
